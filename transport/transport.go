@@ -1,0 +1,65 @@
+// Package transport is the network seam: byte streams on a loop. Package sock implements it with real
+// TCP and unix sockets, package mem in memory with delays, drops and partitions; tdp (and the NBD
+// server) speak their protocols over either.
+package transport
+
+import (
+	"github.com/coreos/torus/buf"
+	"github.com/coreos/torus/loop"
+)
+
+// Network makes streams.
+type Network interface {
+	// Dial starts a connection to addr, such as "tcp://127.0.0.1:40000" or "unix:/run/x.sock". Exactly one of
+	// h.Opened and h.Closed follows, later, on l.
+	Dial(l loop.Loop, addr string, h Handler) Stream
+	// Listen accepts connections on addr until the Listener is closed. accept returns the handler of each;
+	// Opened is called on it at once. Port 0 picks a free one, see Listener.Addr.
+	Listen(l loop.Loop, addr string, accept func(s Stream) Handler) (Listener, error)
+}
+
+// Listener is an open listening socket.
+type Listener interface {
+	// Addr is the address in the form Dial takes.
+	Addr() string
+	// Close stops accepting; accepted streams live on.
+	Close() error
+}
+
+// Handler receives what happens to one stream, on its loop.
+type Handler interface {
+	// Opened: the stream is connected.
+	Opened(s Stream)
+	// Data hands over all received bytes not consumed yet; b is valid until it returns. It returns how many bytes it
+	// has consumed, and how long b must be at least before calling it again makes sense (0: any longer).
+	// A handler may call s.ReadInto and then sees Data again only after that is full.
+	Data(s Stream, b []byte) (consumed, need int)
+	// Closed is called once, after which no call follows: err is nil when the other side closed in
+	// order, else why. It is also called after Stream.Close, with torus.ErrClosed.
+	Closed(s Stream, err error)
+}
+
+// Stream is one connection. What is written in one turn of the loop leaves in one writev at its end.
+type Stream interface {
+	// Write queues a copy of b. For headers.
+	Write(b []byte)
+	// WriteShared queues b without a copy: it must not change until it has been sent or the stream has closed.
+	WriteShared(b []byte)
+	// WriteBuf queues the first n bytes of b without a copy and releases b when they have been sent or the stream closes.
+	WriteBuf(b *buf.Buf, n int)
+	// ReadInto directs the next len(dst) bytes of the stream, starting behind what the running call of Data
+	// consumes, straight into dst; done is called when it is full. Never called again if the stream closes.
+	// To be called from Data or done only.
+	ReadInto(dst []byte, done func())
+	// Pause stops reading (backpressure) until Resume.
+	Pause()
+	Resume()
+	// Queued is how many bytes wait to be sent.
+	Queued() int
+	// Close drops what is queued and closes; Handler.Closed follows at the end of the turn.
+	Close()
+	// CloseAfterWrite closes when what is queued has been sent.
+	CloseAfterWrite()
+	// RemoteAddr names the other side, for logs.
+	RemoteAddr() string
+}

@@ -1,0 +1,52 @@
+// Package vfs is the file system seam: what the store needs from an operating system, no more. OS is
+// the real one; Mem is its twin in memory that can crash, dropping, reordering and tearing whatever was not
+// synced, directory entries included; Errors injects failures into either.
+package vfs
+
+import "errors"
+
+// ErrWouldBlock: the bytes are not in memory; reading them would wait for the disk.
+var ErrWouldBlock = errors.New("would block")
+
+// ErrNoSpace: the file system is full.
+var ErrNoSpace = errors.New("no space left on device")
+
+// ErrLocked: another process holds the lock.
+var ErrLocked = errors.New("locked by another process")
+
+// FS is a directory tree. Names are slash-separated and relative to its root. Errors wrap fs.ErrNotExist and
+// fs.ErrExist where they fit. Safe for concurrent use.
+type FS interface {
+	// Create makes a new file for reading and writing; fs.ErrExist if there is one. The name is durable after SyncDir.
+	Create(name string) (File, error)
+	// Open opens an existing file for reading and writing.
+	Open(name string) (File, error)
+	Remove(name string) error
+	// Rename replaces newname, atomically; durable after SyncDir.
+	Rename(oldname, newname string) error
+	MkdirAll(dir string) error
+	// List returns the names in dir, sorted.
+	List(dir string) ([]string, error)
+	// SyncDir makes the entries of dir durable.
+	SyncDir(dir string) error
+	// Lock takes an exclusive lock until the returned function is called or the process ends: ErrLocked.
+	Lock(name string) (unlock func() error, err error)
+	// Free returns the bytes that can still be written, and the size of the file system.
+	Free() (free, size uint64, err error)
+}
+
+// File is an open file. Methods may be called concurrently.
+type File interface {
+	ReadAt(b []byte, off int64) (int, error)
+	// ReadAtCached is ReadAt if that need not wait for the disk, else ErrWouldBlock.
+	ReadAtCached(b []byte, off int64) (int, error)
+	WriteAt(b []byte, off int64) (int, error)
+	// Datasync makes everything written so far durable. After it has failed once, nothing may be assumed about any
+	// byte written since the last success, whatever later calls say.
+	Datasync() error
+	// Allocate reserves [off, off+n) on the medium and extends the file: ErrNoSpace.
+	Allocate(off, n int64) error
+	Truncate(size int64) error
+	Size() (int64, error)
+	Close() error
+}
