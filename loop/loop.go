@@ -31,22 +31,6 @@ type Job interface {
 	Done() // on the loop
 }
 
-// Timer is a pending After.
-type Timer struct {
-	fn    func()
-	at    time.Duration
-	index int // in the heap; -1 when not pending
-	seq   uint64
-	stop  func(*Timer)
-}
-
-// Stop prevents the timer from firing; harmless if it has fired or was stopped. A nil Timer may be stopped.
-func (t *Timer) Stop() {
-	if t != nil && t.index >= 0 {
-		t.stop(t)
-	}
-}
-
 // funcJob makes a Job of two functions.
 type funcJob struct{ work, done func() }
 
