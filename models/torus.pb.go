@@ -794,7 +794,8 @@ func (x *Extent) GetSet() *PlacementSet {
 type PlacementSet struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	RingVersion   uint64                 `protobuf:"varint,1,opt,name=ring_version,json=ringVersion,proto3" json:"ring_version,omitempty"`
-	Peers         [][]byte               `protobuf:"bytes,2,rep,name=peers,proto3" json:"peers,omitempty"` // 16 bytes each
+	Peers         [][]byte               `protobuf:"bytes,2,rep,name=peers,proto3" json:"peers,omitempty"`              // 16 bytes each
+	Replication   uint32                 `protobuf:"varint,3,opt,name=replication,proto3" json:"replication,omitempty"` // how many peers of the ring's permutation
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -841,6 +842,13 @@ func (x *PlacementSet) GetPeers() [][]byte {
 		return x.Peers
 	}
 	return nil
+}
+
+func (x *PlacementSet) GetReplication() uint32 {
+	if x != nil {
+		return x.Replication
+	}
+	return 0
 }
 
 // Window is the open set: the blocks the writer of this epoch may append to.
@@ -1181,10 +1189,11 @@ const file_models_torus_proto_rawDesc = "" +
 	"\x06offset\x18\x03 \x01(\rR\x06offset\x12\x16\n" +
 	"\x06length\x18\x04 \x01(\rR\x06length\x12\x16\n" +
 	"\x06crc32c\x18\x05 \x01(\rR\x06crc32c\x12&\n" +
-	"\x03set\x18\x06 \x01(\v2\x14.models.PlacementSetR\x03set\"G\n" +
+	"\x03set\x18\x06 \x01(\v2\x14.models.PlacementSetR\x03set\"i\n" +
 	"\fPlacementSet\x12!\n" +
 	"\fring_version\x18\x01 \x01(\x04R\vringVersion\x12\x14\n" +
-	"\x05peers\x18\x02 \x03(\fR\x05peers\"B\n" +
+	"\x05peers\x18\x02 \x03(\fR\x05peers\x12 \n" +
+	"\vreplication\x18\x03 \x01(\rR\vreplication\"B\n" +
 	"\x06Window\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\"\n" +
 	"\x05spans\x18\x02 \x03(\v2\f.models.SpanR\x05spans\"\xfa\x01\n" +
