@@ -1,0 +1,290 @@
+package loop
+
+import (
+	"fmt"
+	"log/slog"
+	"math"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Epoll is the production driver: one goroutine that calls Run, and epoll under it.
+//
+// A turn is: take what is ready (descriptors, what was posted, timers), hand it out, then run what was
+// deferred. A loop with nothing to do sleeps in the kernel and costs no CPU.
+//
+// A sleeping loop keeps a P of the Go scheduler until sysmon takes it away, so a process should set
+// GOMAXPROCS to at least the number of its loops plus two: helpers then start at once.
+type Epoll struct {
+	log    *slog.Logger
+	epfd   int
+	wakefd int // an eventfd, edge-triggered, hence never read
+	epoch  time.Time
+	now    time.Duration
+	pwait2 bool // the kernel has epoll_pwait2 (5.11): timeouts in nanoseconds
+
+	events [256]unix.EpollEvent
+	slots  []*Registration // by the low half of the epoll data, their generation is the high one
+	free   []int32         // indices of empty slots
+
+	timers timerHeap
+	seq    uint64
+	defers []func()
+	taken  []incoming // the batch being run
+
+	in   inbox
+	pool helpers
+	stop atomic.Bool
+}
+
+var _ Loop = (*Epoll)(nil)
+
+// incoming is what reaches the loop from elsewhere: a posted function, or a job that is done.
+type incoming struct {
+	fn  func()
+	job Job
+}
+
+// inbox is what other goroutines and the loop share.
+type inbox struct {
+	sync.Mutex
+	queue    []incoming
+	sleeping bool // the loop is in, or about to enter, a wait that only the eventfd ends
+	closed   bool
+	wakers   int // goroutines about to write to the eventfd
+}
+
+// maxKept is how many entries a queue that grew in a rush may keep room for.
+const maxKept = 16 << 10
+
+// NewEpoll makes a loop; log may be nil.
+func NewEpoll(log *slog.Logger) (*Epoll, error) {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("event loop: epoll_create1: %w", err)
+	}
+	wakefd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		unix.Close(epfd)
+		return nil, fmt.Errorf("event loop: eventfd: %w", err)
+	}
+	e := &Epoll{log: log, epfd: epfd, wakefd: wakefd, epoch: time.Now(), pwait2: true}
+	e.pool.loop = e
+	ev := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: wakeSlot}
+	if err := unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, wakefd, &ev); err != nil {
+		unix.Close(epfd)
+		unix.Close(wakefd)
+		return nil, fmt.Errorf("event loop: epoll_ctl: %w", err)
+	}
+	return e, nil
+}
+
+// Run runs the loop until Stop. To be called from one goroutine at a time; it may be called again.
+func (e *Epoll) Run() error {
+	for {
+		if e.stop.Swap(false) {
+			return nil
+		}
+		n, err := e.wait()
+		if err != nil {
+			return fmt.Errorf("event loop: epoll_wait: %w", err)
+		}
+		e.turn(n)
+	}
+}
+
+// Stop ends Run at the end of the present turn, or the next Run before its first one. From any goroutine.
+func (e *Epoll) Stop() {
+	e.stop.Store(true)
+	e.post(incoming{})
+}
+
+// Close frees what the loop holds, after Run has returned: it waits for the helpers' running jobs, and closes
+// all descriptors that are still registered. Nothing posted or offloaded from then on runs.
+func (e *Epoll) Close() error {
+	e.in.Lock()
+	if e.in.closed {
+		e.in.Unlock()
+		return nil
+	}
+	e.in.closed = true
+	e.in.queue = nil
+	for e.in.wakers > 0 { // a few instructions and a write of eight bytes
+		e.in.Unlock()
+		runtime.Gosched()
+		e.in.Lock()
+	}
+	e.in.Unlock()
+	e.pool.close()
+	for _, r := range e.slots {
+		if r != nil {
+			r.Close()
+		}
+	}
+	e.timers, e.defers = nil, nil
+	return os.NewSyscallError("close", firstErr(unix.Close(e.wakefd), unix.Close(e.epfd)))
+}
+
+func firstErr(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// wait fills e.events with what is ready and says how many; it sleeps only if there is nothing else to do.
+func (e *Epoll) wait() (int, error) {
+	if len(e.defers) > 0 { // deferred before Run
+		return e.epollWait(0)
+	}
+	timeout := time.Duration(-1)
+	if len(e.timers) > 0 {
+		timeout = max(e.timers[0].at-time.Since(e.epoch), 0)
+	}
+	if timeout != 0 {
+		e.in.Lock()
+		e.in.sleeping = len(e.in.queue) == 0
+		if !e.in.sleeping {
+			timeout = 0
+		}
+		e.in.Unlock()
+	}
+	return e.epollWait(timeout)
+}
+
+// turn hands out n events of e.events, what was posted, the due timers, and then runs what was deferred.
+func (e *Epoll) turn(n int) {
+	e.now = time.Since(e.epoch)
+	for i := range n {
+		e.dispatch(&e.events[i])
+	}
+
+	e.in.Lock()
+	e.in.sleeping = false
+	e.taken, e.in.queue = e.in.queue, e.taken[:0]
+	e.in.Unlock()
+	for i := range e.taken {
+		if it := &e.taken[i]; it.fn != nil {
+			it.fn()
+		} else if it.job != nil {
+			it.job.Done()
+		}
+	}
+	clear(e.taken)
+	if cap(e.taken) > maxKept {
+		e.taken = nil
+	}
+
+	for len(e.timers) > 0 && e.timers[0].at <= e.now {
+		e.timers.remove(0).fn()
+	}
+
+	for i := 0; i < len(e.defers); i++ { // it may grow
+		e.defers[i]()
+	}
+	clear(e.defers)
+	e.defers = e.defers[:0]
+}
+
+// Now implements Loop.
+func (e *Epoll) Now() time.Duration { return e.now }
+
+// Post implements Loop. The eventfd is written only if the loop sleeps, so once for many.
+func (e *Epoll) Post(fn func()) { e.post(incoming{fn: fn}) }
+
+func (e *Epoll) post(it incoming) {
+	e.in.Lock()
+	if e.in.closed {
+		e.in.Unlock()
+		return
+	}
+	e.in.queue = append(e.in.queue, it)
+	if !e.in.sleeping {
+		e.in.Unlock()
+		return
+	}
+	e.in.sleeping = false
+	e.in.wakers++
+	e.in.Unlock()
+
+	one := uint64(1)
+	// Fails only if the counter is at its end, after 2⁶⁴ wake-ups.
+	unix.RawSyscall(unix.SYS_WRITE, uintptr(e.wakefd), uintptr(unsafe.Pointer(&one)), 8)
+
+	e.in.Lock()
+	e.in.wakers--
+	e.in.Unlock()
+}
+
+// Defer implements Loop.
+func (e *Epoll) Defer(fn func()) { e.defers = append(e.defers, fn) }
+
+// After implements Loop.
+func (e *Epoll) After(d time.Duration, fn func()) *Timer {
+	e.seq++
+	t := &Timer{at: e.now + max(d, 0), seq: e.seq, fn: fn, owner: e}
+	e.timers.push(t)
+	return t
+}
+
+func (e *Epoll) stopTimer(t *Timer) { e.timers.remove(t.index) }
+
+// Offload implements Loop.
+func (e *Epoll) Offload(j Job) { e.pool.run(j) }
+
+// epollWait waits for events, for ever if timeout is negative. A wait of 0 cannot block, and so need not tell the Go
+// scheduler; any other is announced, so that other goroutines get the P.
+func (e *Epoll) epollWait(timeout time.Duration) (int, error) {
+	events := uintptr(unsafe.Pointer(&e.events[0]))
+	for {
+		var n uintptr
+		var errno unix.Errno
+		switch {
+		case timeout == 0:
+			n, _, errno = unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(e.epfd), events, uintptr(len(e.events)), 0, 0, 0)
+		case timeout < 0:
+			n, _, errno = unix.Syscall6(unix.SYS_EPOLL_PWAIT, uintptr(e.epfd), events, uintptr(len(e.events)), ^uintptr(0), 0, 0)
+		case e.pwait2:
+			ts := unix.NsecToTimespec(int64(timeout))
+			n, _, errno = unix.Syscall6(unix.SYS_EPOLL_PWAIT2, uintptr(e.epfd), events, uintptr(len(e.events)), uintptr(unsafe.Pointer(&ts)), 0, 0)
+			if errno == unix.ENOSYS || errno == unix.EPERM { // EPERM: an old seccomp filter
+				e.pwait2 = false
+				continue
+			}
+		default:
+			ms := min(int64((timeout+time.Millisecond-1)/time.Millisecond), math.MaxInt32)
+			n, _, errno = unix.Syscall6(unix.SYS_EPOLL_PWAIT, uintptr(e.epfd), events, uintptr(len(e.events)), uintptr(ms), 0, 0)
+		}
+		switch errno {
+		case 0:
+			return int(n), nil
+		case unix.EINTR:
+			return 0, nil // a turn without events, which computes the timeout anew
+		}
+		return 0, errno
+	}
+}
+
+// wakeSlot marks the eventfd.
+const wakeSlot = -1
+
+// dispatch hands one event to its descriptor, unless that was closed earlier in this batch.
+func (e *Epoll) dispatch(ev *unix.EpollEvent) {
+	if ev.Fd == wakeSlot {
+		return
+	}
+	if r := e.slots[ev.Fd]; r != nil && r.generation == uint32(ev.Pad) {
+		r.h.Ready(ev.Events)
+	}
+}
