@@ -3,7 +3,10 @@
 // synced, directory entries included; Errors injects failures into either.
 package vfs
 
-import "errors"
+import (
+	"errors"
+	"time"
+)
 
 // ErrWouldBlock: the bytes are not in memory; reading them would wait for the disk.
 var ErrWouldBlock = errors.New("would block")
@@ -14,8 +17,8 @@ var ErrNoSpace = errors.New("no space left on device")
 // ErrLocked: another process holds the lock.
 var ErrLocked = errors.New("locked by another process")
 
-// FS is a directory tree. Names are slash-separated and relative to its root. Errors wrap fs.ErrNotExist and
-// fs.ErrExist where they fit. Safe for concurrent use.
+// FS is a directory tree. Names are slash-separated and relative to its root, which is ".". Errors wrap fs.ErrNotExist,
+// fs.ErrExist and fs.ErrInvalid (for a name that leads out of the tree) where they fit. Safe for concurrent use.
 type FS interface {
 	// Create makes a new file for reading and writing; fs.ErrExist if there is one. The name is durable after SyncDir.
 	Create(name string) (File, error)
@@ -35,15 +38,23 @@ type FS interface {
 	Free() (free, size uint64, err error)
 }
 
-// File is an open file. Methods may be called concurrently.
+// File is an open file. Methods may be called concurrently, except that Close ends all use of it.
 type File interface {
+	// ReadAt is that of io.ReaderAt.
 	ReadAt(b []byte, off int64) (int, error)
 	// ReadAtCached is ReadAt if that need not wait for the disk, else ErrWouldBlock.
 	ReadAtCached(b []byte, off int64) (int, error)
+	// WriteAt is that of io.WriterAt; ErrNoSpace when the file system is full. Not durable before Datasync.
 	WriteAt(b []byte, off int64) (int, error)
 	// Datasync makes everything written so far durable. After it has failed once, nothing may be assumed about any
 	// byte written since the last success, whatever later calls say.
 	Datasync() error
+	// SyncTime is how long the last Datasync took, 0 before the first. Whoever decides whether a Datasync may hold up an
+	// event loop asks here, as only the file system knows real time.
+	SyncTime() time.Duration
+	// DropCache forgets those bytes of [off, off+n) in memory that are clean, as far as the system can, so that reading
+	// them asks the medium. After a failed Datasync memory may hold, as clean, bytes the medium never got.
+	DropCache(off, n int64) error
 	// Allocate reserves [off, off+n) on the medium and extends the file: ErrNoSpace.
 	Allocate(off, n int64) error
 	Truncate(size int64) error

@@ -1,0 +1,219 @@
+package vfs
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// NewOS returns the real file system below dir, which need not exist yet (MkdirAll(".") makes it). It needs Linux.
+func NewOS(dir string) FS { return osFS{dir} }
+
+type osFS struct{ dir string }
+
+func (o osFS) path(op, name string) (string, error) {
+	if !fs.ValidPath(name) {
+		return "", &fs.PathError{Op: op, Path: name, Err: fs.ErrInvalid}
+	}
+	return filepath.Join(o.dir, filepath.FromSlash(name)), nil
+}
+
+func (o osFS) open(op, name string, flags int) (File, error) {
+	p, err := o.path(op, name)
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(p, flags|os.O_RDWR, 0o640)
+	if err != nil {
+		return nil, noSpace(err)
+	}
+	return &osFile{f: f, fd: int(f.Fd())}, nil
+}
+
+func (o osFS) Create(name string) (File, error) {
+	return o.open("create", name, os.O_CREATE|os.O_EXCL)
+}
+
+func (o osFS) Open(name string) (File, error) { return o.open("open", name, 0) }
+
+func (o osFS) Remove(name string) error {
+	p, err := o.path("remove", name)
+	if err != nil {
+		return err
+	}
+	return os.Remove(p)
+}
+
+func (o osFS) Rename(oldname, newname string) error {
+	from, err := o.path("rename", oldname)
+	if err != nil {
+		return err
+	}
+	to, err := o.path("rename", newname)
+	if err != nil {
+		return err
+	}
+	return noSpace(os.Rename(from, to))
+}
+
+func (o osFS) MkdirAll(dir string) error {
+	p, err := o.path("mkdir", dir)
+	if err != nil {
+		return err
+	}
+	return noSpace(os.MkdirAll(p, 0o750))
+}
+
+func (o osFS) List(dir string) ([]string, error) {
+	p, err := o.path("list", dir)
+	if err != nil {
+		return nil, err
+	}
+	entries, err := os.ReadDir(p) // sorted
+	if err != nil {
+		return nil, err
+	}
+	names := make([]string, len(entries))
+	for i, e := range entries {
+		names[i] = e.Name()
+	}
+	return names, nil
+}
+
+func (o osFS) SyncDir(dir string) error {
+	p, err := o.path("syncdir", dir)
+	if err != nil {
+		return err
+	}
+	d, err := os.Open(p)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+// Lock is flock(2): the kernel drops it when the process ends, however it ends.
+func (o osFS) Lock(name string) (func() error, error) {
+	p, err := o.path("lock", name)
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(p, os.O_CREATE|os.O_RDWR, 0o640)
+	if err != nil {
+		return nil, noSpace(err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = ErrLocked
+		}
+		return nil, &fs.PathError{Op: "lock", Path: p, Err: err}
+	}
+	return f.Close, nil
+}
+
+func (o osFS) Free() (free, size uint64, err error) {
+	var s unix.Statfs_t
+	if err := unix.Statfs(o.dir, &s); err != nil {
+		return 0, 0, &fs.PathError{Op: "statfs", Path: o.dir, Err: err}
+	}
+	return s.Bavail * uint64(s.Bsize), s.Blocks * uint64(s.Bsize), nil
+}
+
+type osFile struct {
+	f        *os.File
+	fd       int
+	syncTime atomic.Int64
+}
+
+func (f *osFile) ReadAt(b []byte, off int64) (int, error) { return f.f.ReadAt(b, off) }
+
+// ReadAtCached is preadv2(2) with RWF_NOWAIT. Where the kernel or the file system cannot tell, everything would block.
+func (f *osFile) ReadAtCached(b []byte, off int64) (int, error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
+	vec := unix.Iovec{Base: &b[0], Len: uint64(len(b))}
+	n, _, errno := unix.Syscall6(unix.SYS_PREADV2, uintptr(f.fd), uintptr(unsafe.Pointer(&vec)), 1,
+		uintptr(off), uintptr(uint64(off)>>32), unix.RWF_NOWAIT)
+	runtime.KeepAlive(f)
+	switch {
+	case errno == unix.EAGAIN || errno == unix.EOPNOTSUPP || errno == unix.ENOSYS || errno == unix.EINTR:
+		return 0, ErrWouldBlock
+	case errno != 0:
+		return 0, &fs.PathError{Op: "read", Path: f.f.Name(), Err: errno}
+	case int(n) == len(b):
+		return len(b), nil
+	case n == 0:
+		return 0, io.EOF
+	}
+	return 0, ErrWouldBlock // the rest is not in memory, or beyond the end: ReadAt can tell
+}
+
+func (f *osFile) WriteAt(b []byte, off int64) (int, error) {
+	n, err := f.f.WriteAt(b, off)
+	return n, noSpace(err)
+}
+
+func (f *osFile) Datasync() error {
+	begin := time.Now()
+	err := retry(func() error { return unix.Fdatasync(f.fd) })
+	f.syncTime.Store(int64(time.Since(begin)))
+	return f.wrap("fdatasync", err)
+}
+
+func (f *osFile) SyncTime() time.Duration { return time.Duration(f.syncTime.Load()) }
+
+func (f *osFile) DropCache(off, n int64) error {
+	return f.wrap("fadvise", unix.Fadvise(f.fd, off, n, unix.FADV_DONTNEED))
+}
+
+func (f *osFile) Allocate(off, n int64) error {
+	return f.wrap("fallocate", retry(func() error { return unix.Fallocate(f.fd, 0, off, n) }))
+}
+
+func (f *osFile) Truncate(size int64) error { return noSpace(f.f.Truncate(size)) }
+
+func (f *osFile) Size() (int64, error) {
+	st, err := f.f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	return st.Size(), nil
+}
+
+func (f *osFile) Close() error { return f.f.Close() }
+
+func (f *osFile) wrap(op string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return noSpace(&fs.PathError{Op: op, Path: f.f.Name(), Err: err})
+}
+
+func retry(call func() error) error {
+	for {
+		if err := call(); err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+// noSpace makes errors.Is(err, ErrNoSpace) hold for a full file system and for an exhausted quota.
+func noSpace(err error) error {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return fmt.Errorf("%w: %w", ErrNoSpace, err)
+	}
+	return err
+}

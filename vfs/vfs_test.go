@@ -1,0 +1,406 @@
+package vfs_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"slices"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/coreos/torus/vfs"
+	"github.com/coreos/torus/vfs/vfstest"
+)
+
+func TestOS(t *testing.T) {
+	vfstest.Run(t, func(t *testing.T) vfs.FS { return vfs.NewOS(t.TempDir()) })
+}
+
+func TestMem(t *testing.T) {
+	vfstest.Run(t, func(*testing.T) vfs.FS { return vfs.NewMem(1) })
+}
+
+func TestErrorsWithoutErrors(t *testing.T) {
+	vfstest.Run(t, func(*testing.T) vfs.FS {
+		return vfs.NewErrors(vfs.NewMem(1), func(vfs.Op) error { return nil })
+	})
+}
+
+// A clone of a clone is as good as the original.
+func TestMemClone(t *testing.T) {
+	vfstest.Run(t, func(*testing.T) vfs.FS {
+		rng := rand.New(rand.NewPCG(1, 1))
+		return vfs.NewMem(1).CrashClone(rng).CrashClone(rng)
+	})
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func create(t *testing.T, f vfs.FS, name string) vfs.File {
+	t.Helper()
+	file, err := f.Create(name)
+	must(t, err)
+	return file
+}
+
+func write(t *testing.T, f vfs.File, off int64, b []byte) {
+	t.Helper()
+	_, err := f.WriteAt(b, off)
+	must(t, err)
+}
+
+func contents(t *testing.T, f vfs.FS, name string) []byte {
+	t.Helper()
+	file, err := f.Open(name)
+	must(t, err)
+	defer file.Close()
+	n, err := file.Size()
+	must(t, err)
+	b := make([]byte, n)
+	if n > 0 {
+		_, err = file.ReadAt(b, 0)
+		must(t, err)
+	}
+	return b
+}
+
+func fill(x byte, n int) []byte { return bytes.Repeat([]byte{x}, n) }
+
+// What was synced survives every crash; what was not is, sooner or later, seen kept, dropped and torn.
+func TestCrashKeepsWhatWasSynced(t *testing.T) {
+	for _, byteTears := range []bool{false, true} {
+		m := vfs.NewMem(1)
+		m.SetByteTears(byteTears)
+		f := create(t, m, "x")
+		write(t, f, 0, fill('a', 8192))
+		must(t, f.Datasync())
+		must(t, m.SyncDir("."))
+		write(t, f, 1024, fill('b', 4096)) // overwrites
+		write(t, f, 8192, fill('c', 1024)) // extends
+		rng := rand.New(rand.NewPCG(2, 2))
+		seen := map[string]bool{}
+		for range 300 {
+			c := m.CrashClone(rng)
+			b := contents(t, c, "x")
+			if len(b) < 8192 || !bytes.Equal(b[:1024], fill('a', 1024)) || !bytes.Equal(b[5120:8192], fill('a', 3072)) {
+				t.Fatal("bytes that were synced are gone")
+			}
+			switch mid := b[1024:5120]; {
+			case bytes.Equal(mid, fill('a', 4096)):
+				seen["old"] = true
+			case bytes.Equal(mid, fill('b', 4096)):
+				seen["new"] = true
+			default:
+				seen["torn"] = true
+				for i := 1; i < len(mid); i++ {
+					if mid[i] != mid[i-1] && i%512 != 0 {
+						seen["torn within a sector"] = true
+					}
+				}
+			}
+			switch {
+			case len(b) == 8192:
+				seen["short"] = true
+			case bytes.Equal(b[8192:], fill('c', 1024)):
+				seen["long"] = true
+			}
+			if bytes.Equal(b[1024:5120], fill('a', 4096)) && len(b) == 9216 {
+				seen["reordered"] = true
+			}
+			// It is a file system of its own.
+			g, err := c.Open("x")
+			must(t, err)
+			write(t, g, 0, fill('z', 100))
+		}
+		for _, want := range []string{"old", "new", "torn", "short", "long", "reordered"} {
+			if !seen[want] {
+				t.Errorf("byte tears %v: never seen: %s", byteTears, want)
+			}
+		}
+		if seen["torn within a sector"] != byteTears {
+			t.Errorf("byte tears %v: torn within a sector: %v", byteTears, seen["torn within a sector"])
+		}
+		if b := contents(t, m, "x"); b[0] != 'a' || b[1024] != 'b' || len(b) != 9216 {
+			t.Error("the original was changed")
+		}
+	}
+}
+
+// Random histories: every sector of a crashed file is one it had since the last sync; and what a second crash
+// finds after a crash is the same.
+func TestCrashSectors(t *testing.T) {
+	for seed := range uint64(200) {
+		rng := rand.New(rand.NewPCG(seed, 3))
+		m := vfs.NewMem(seed)
+		f := create(t, m, "x")
+		must(t, m.SyncDir("."))
+		const sectors = 64
+		possible := make([]map[byte]bool, sectors) // values of each since the last sync
+		now := make([]byte, sectors)
+		for i := range possible {
+			possible[i] = map[byte]bool{0: true}
+		}
+		must(t, f.Allocate(0, sectors*512))
+		must(t, f.Datasync())
+		for range rng.IntN(100) {
+			if rng.IntN(8) == 0 {
+				must(t, f.Datasync())
+				for i := range possible {
+					possible[i] = map[byte]bool{now[i]: true}
+				}
+				continue
+			}
+			from := rng.IntN(sectors)
+			n := rng.IntN(sectors-from) + 1
+			x := byte(rng.IntN(256))
+			write(t, f, int64(from)*512, fill(x, n*512))
+			for i := from; i < from+n; i++ {
+				possible[i][x], now[i] = true, x
+			}
+		}
+		c := m.CrashClone(rng)
+		b := contents(t, c, "x")
+		for i := range possible {
+			s := b[i*512 : i*512+512]
+			if !bytes.Equal(s, fill(s[0], 512)) || !possible[i][s[0]] {
+				t.Fatalf("seed %d: sector %d is %x, not one of %v", seed, i, s[:8], possible[i])
+			}
+		}
+		if !bytes.Equal(contents(t, c.CrashClone(rng), "x"), b) {
+			t.Fatalf("seed %d: a second crash found something else", seed)
+		}
+	}
+}
+
+// Names are durable after SyncDir, and only then.
+func TestCrashDirectories(t *testing.T) {
+	m := vfs.NewMem(1)
+	old, gone := create(t, m, "old"), create(t, m, "gone")
+	write(t, old, 0, []byte("old"))
+	must(t, old.Datasync())
+	must(t, gone.Datasync())
+	must(t, m.SyncDir("."))
+	n := create(t, m, "new.tmp")
+	write(t, n, 0, []byte("new"))
+	must(t, n.Datasync())
+	must(t, m.Rename("new.tmp", "old"))
+	must(t, m.Remove("gone"))
+	must(t, m.MkdirAll("d"))
+	in := create(t, m, "d/in")
+	must(t, in.Datasync())
+	must(t, m.SyncDir("d"))
+
+	rng := rand.New(rand.NewPCG(1, 1))
+	seen := map[string]bool{}
+	for range 200 {
+		c := m.CrashClone(rng)
+		b := string(contents(t, c, "old"))
+		if b != "old" && b != "new" {
+			t.Fatalf("a rename was not atomic: %q", b)
+		}
+		names, err := c.List(".")
+		must(t, err)
+		seen[b] = true
+		for _, name := range []string{"gone", "new.tmp", "d"} {
+			seen[fmt.Sprint(name, slices.Contains(names, name))] = true
+		}
+		if slices.Contains(names, "d") {
+			if inner, _ := c.List("d"); !slices.Equal(inner, []string{"in"}) {
+				t.Fatalf("a synced directory holds %q", inner)
+			}
+		}
+	}
+	for _, want := range []string{"old", "new", "gonetrue", "gonefalse", "new.tmptrue", "new.tmpfalse", "dtrue", "dfalse"} {
+		if !seen[want] {
+			t.Errorf("never seen: %s", want)
+		}
+	}
+	must(t, m.SyncDir("."))
+	for range 20 {
+		names, err := m.CrashClone(rng).List(".")
+		must(t, err)
+		if !slices.Equal(names, []string{"d", "old"}) {
+			t.Fatalf("after SyncDir a crash left %q", names)
+		}
+	}
+}
+
+// Equal seeds give equal crashes.
+func TestCrashIsReproducible(t *testing.T) {
+	image := func() string {
+		m := vfs.NewMem(7)
+		var all string
+		for i := range 5 {
+			f := create(t, m, fmt.Sprint("f", i))
+			write(t, f, 0, fill(byte(i+1), 5000))
+		}
+		c := m.CrashClone(rand.New(rand.NewPCG(5, 5)))
+		names, err := c.List(".")
+		must(t, err)
+		for _, n := range names {
+			all += n + string(contents(t, c, n))
+		}
+		return all
+	}
+	a, b := image(), image()
+	if a != b {
+		t.Fatal("two crashes from the same seed differ")
+	}
+}
+
+// The end of a process loses nothing but its locks and files.
+func TestKill(t *testing.T) {
+	m := vfs.NewMem(1)
+	f := create(t, m, "x")
+	write(t, f, 0, []byte("unsynced"))
+	unlock, err := m.Lock("lock")
+	must(t, err)
+	m.Kill()
+	if string(contents(t, m, "x")) != "unsynced" {
+		t.Fatal("a process kill lost what was in the page cache")
+	}
+	if _, err := f.WriteAt([]byte("x"), 0); !errors.Is(err, fs.ErrClosed) {
+		t.Fatalf("a file of the dead process can be written: %v", err)
+	}
+	_, err = m.Lock("lock")
+	must(t, err)
+	must(t, unlock()) // of the dead: it must not drop the new one
+	if _, err := m.Lock("lock"); !errors.Is(err, vfs.ErrLocked) {
+		t.Fatalf("lock taken twice: %v", err)
+	}
+}
+
+func TestCapacity(t *testing.T) {
+	m := vfs.NewMem(1)
+	m.SetCapacity(10_000)
+	f := create(t, m, "x")
+	must(t, f.Allocate(0, 9_000))
+	if _, err := f.WriteAt(fill('x', 1001), 9_000); !errors.Is(err, vfs.ErrNoSpace) {
+		t.Fatalf("written beyond the capacity: %v", err)
+	}
+	write(t, f, 0, fill('x', 9_000)) // overwriting needs no space
+	g := create(t, m, "y")
+	if err := g.Allocate(0, 2_000); !errors.Is(err, vfs.ErrNoSpace) {
+		t.Fatalf("allocated beyond the capacity: %v", err)
+	}
+	must(t, f.Close())
+	must(t, m.Remove("x"))
+	must(t, g.Allocate(0, 10_000))
+	if free, size, _ := m.Free(); free != 0 || size != 10_000 {
+		t.Fatalf("free %d of %d", free, size)
+	}
+}
+
+// A failed fsync is not mended by one that succeeds (TESTING, trap 2): the page looks clean, and is not on the medium.
+func TestFailedDatasyncLosesPages(t *testing.T) {
+	m := vfs.NewMem(1)
+	failing := false
+	e := vfs.NewErrors(m, func(op vfs.Op) error {
+		if failing && op.Kind == vfs.OpDatasync && op.Name == "x" {
+			return syscall.EIO
+		}
+		return nil
+	})
+	f := create(t, e, "x")
+	must(t, m.SyncDir("."))
+	write(t, f, 0, fill('a', 8192))
+	must(t, f.Datasync())
+	write(t, f, 0, fill('b', 4096))
+	other, err := e.Open("x")
+	must(t, err)
+	failing = true
+	if err := f.Datasync(); !errors.Is(err, syscall.EIO) {
+		t.Fatal(err)
+	}
+	failing = false
+	if err := other.Datasync(); !errors.Is(err, syscall.EIO) {
+		t.Fatalf("another open file was not told: %v", err)
+	}
+	must(t, other.Datasync())
+	must(t, f.Datasync()) // "succeeds"
+	if contents(t, m, "x")[0] != 'b' {
+		t.Fatal("the page should still be seen")
+	}
+	rng := rand.New(rand.NewPCG(1, 1))
+	for range 20 {
+		if contents(t, m.CrashClone(rng), "x")[0] != 'a' {
+			t.Fatal("what a failed fsync lost became durable")
+		}
+	}
+	must(t, f.DropCache(0, 8192))
+	if contents(t, m, "x")[0] != 'a' {
+		t.Fatal("dropping the cache did not show what is on the medium")
+	}
+}
+
+func TestErrorsByKindNameAndCount(t *testing.T) {
+	writes := 0
+	e := vfs.NewErrors(vfs.NewMem(1), func(op vfs.Op) error {
+		if op.Kind == vfs.OpWrite && op.Name == "x" {
+			if writes++; writes == 2 {
+				return vfs.ErrNoSpace
+			}
+		}
+		if op.Kind == vfs.OpRead && op.Off == 512 {
+			return syscall.EIO
+		}
+		return nil
+	})
+	f := create(t, e, "x")
+	write(t, f, 0, fill('a', 1024))
+	if _, err := f.WriteAt(fill('b', 1024), 0); !errors.Is(err, vfs.ErrNoSpace) {
+		t.Fatal(err)
+	}
+	write(t, f, 0, fill('c', 10))
+	if _, err := f.ReadAt(make([]byte, 10), 512); !errors.Is(err, syscall.EIO) {
+		t.Fatal(err)
+	}
+	if _, err := f.ReadAtCached(make([]byte, 10), 512); !errors.Is(err, syscall.EIO) {
+		t.Fatal(err)
+	}
+}
+
+func TestSyncTime(t *testing.T) {
+	f := create(t, vfs.NewOS(t.TempDir()), "x")
+	if f.SyncTime() != 0 {
+		t.Fatal("a sync time before the first sync")
+	}
+	write(t, f, 0, fill('a', 4096))
+	must(t, f.Datasync())
+	if f.SyncTime() <= 0 {
+		t.Fatal("no sync time")
+	}
+	m := vfs.NewMem(1)
+	m.SetSlowSyncs(1, time.Second)
+	g := create(t, m, "x")
+	must(t, g.Datasync())
+	if g.SyncTime() != time.Second {
+		t.Fatal(g.SyncTime())
+	}
+}
+
+func BenchmarkReadAtCached(b *testing.B) {
+	fsys := vfs.NewOS(b.TempDir())
+	f, err := fsys.Create("x")
+	if err != nil {
+		b.Fatal(err)
+	}
+	buf := make([]byte, 4096)
+	if _, err := f.WriteAt(buf, 0); err != nil {
+		b.Fatal(err)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := f.ReadAtCached(buf, 0); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
