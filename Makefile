@@ -1,0 +1,50 @@
+# Two commands set a fresh machine up: make setup, make build. CI runs the same ones (.ci/run).
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS  = -X github.com/coreos/torus.Version=$(VERSION)
+COMMANDS = torusd torusctl torusblk
+
+GOLANGCI_LINT_VERSION = v2.15.0
+GOLANGCI_LINT         = bin/golangci-lint-$(GOLANGCI_LINT_VERSION)
+
+# What the tests and the README call besides Go.
+TOOLS = fio nbdkit libnbd-bin qemu-utils qemu-block-extra nbd-client fuse3 xfsprogs e2fsprogs iproute2 iptables
+
+.PHONY: build run test race lint bench e2e setup clean
+
+build:
+	mkdir -p bin
+	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ $(addprefix ./cmd/,$(COMMANDS))
+
+# A cluster of three peers on this machine, with a volume to try.
+run: build
+	bin/torusd dev
+
+test: build
+	go test $(TESTFLAGS) -timeout 10m ./...
+
+race:
+	go test $(TESTFLAGS) -race -timeout 20m ./...
+
+lint: $(GOLANGCI_LINT)
+	test -z "$$(gofmt -l . | tee /dev/stderr)"
+	go vet ./...
+	$(GOLANGCI_LINT) run ./...
+
+$(GOLANGCI_LINT):
+	GOBIN=$(CURDIR)/bin go install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT_VERSION)
+	mv bin/golangci-lint $@
+
+bench:
+	go test -run '^$$' -bench . -benchmem ./...
+
+# Clusters of real processes under real clients.
+e2e: build
+	go test $(TESTFLAGS) -count 1 -tags e2e -timeout 30m ./e2e/...
+
+setup:
+	apt-get update -q
+	DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(TOOLS)
+
+clean:
+	rm -rf bin

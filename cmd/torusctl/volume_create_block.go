@@ -1,0 +1,44 @@
+package main
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/cmd/internal/cli"
+	"github.com/coreos/torus/node"
+)
+
+func volumeCreateBlockCommand(c *ctl) *cobra.Command {
+	var spec string
+	cmd := &cobra.Command{
+		Use:   "create-block NAME SIZE",
+		Short: "Create a block volume; SIZE as 1GiB, 10G, 512MiB or bytes. Only what is written takes space",
+		Args:  cli.Args("NAME", "SIZE"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			size, err := cli.ParseSize(args[1])
+			if err != nil {
+				return err
+			}
+			return c.withMDS(cmd.Context(), func(ctx context.Context, mds torus.MetadataService) error {
+				v, err := node.CreateBlockVolume(ctx, mds, args[0], size, spec)
+				if err != nil {
+					return volumeError("create", args[0], err)
+				}
+				if c.out.Format != "table" {
+					d, err := describeVolume(ctx, mds, v, 0)
+					if err != nil {
+						return err
+					}
+					return printVolumes(c, cmd, d, []volumeJSON{d})
+				}
+				_, err = fmt.Fprintf(cmd.OutOrStdout(), "volume %s: %s\n", v.Name, cli.FormatSize(v.SizeBytes, false))
+				return err
+			})
+		},
+	}
+	cmd.Flags().StringVar(&spec, "block-spec", "", "how its blocks are stored, as crc,rep=3 (default: the cluster's)")
+	return cmd
+}

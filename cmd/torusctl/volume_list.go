@@ -1,0 +1,33 @@
+package main
+
+import (
+	"context"
+
+	"github.com/spf13/cobra"
+
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/cmd/internal/cli"
+)
+
+func volumeListCommand(c *ctl) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "list",
+		Short: "List the volumes with their sizes, and who has them attached",
+		Args:  cli.Args(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.withMDS(cmd.Context(), func(ctx context.Context, mds torus.MetadataService) error {
+				volumes, err := mds.Volumes(ctx)
+				if err != nil {
+					return err
+				}
+				list, err := describeVolumes(ctx, mds, volumes)
+				if err != nil {
+					return err
+				}
+				return printVolumes(c, cmd, list, list)
+			})
+		},
+	}
+	c.out.AddListFlags(cmd.Flags())
+	return cmd
+}
