@@ -28,6 +28,8 @@ const (
 	NoHole
 	// FastZero (WriteZeroes): fail with ErrNotSupported rather than be no faster than writing.
 	FastZero
+	// Sparse (Read): the device may set Zero instead of filling Data, if all of it reads as zeroes.
+	Sparse
 )
 
 // The errors by which a front end chooses what to tell its client; anything else is an I/O error.
@@ -64,7 +66,8 @@ type Request struct {
 	Done func(*Request)
 
 	Err     error
-	Extents []Extent // Status: from Off on, covering at most Len; at least one
+	Zero    bool     // Read with Sparse: everything reads as zeroes, Data was left alone
+	Extents []Extent // Status: from Off on, covering at most Len; at least one. The device may use the room that was there
 	User    any      // the front end's own
 }
 
