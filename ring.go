@@ -13,8 +13,8 @@ func (l PeerList) Has(p PeerID) bool {
 	return false
 }
 
-// PeerPermutation is what a ring answers for a block: all members in order of preference. The first
-// Replication of them are the block's registered set.
+// PeerPermutation is what a ring answers for a block: members in order of preference. The first Replication of
+// them are the block's registered set, those behind are fall-backs; a slot table lists MaxReplication in all.
 type PeerPermutation struct {
 	Replication int
 	Peers       PeerList
