@@ -27,6 +27,7 @@ type Epoll struct {
 	wakefd int // an eventfd, edge-triggered, hence never read
 	epoch  time.Time
 	now    time.Duration
+	inTurn bool
 	pwait2 bool // the kernel has epoll_pwait2 (5.11): timeouts in nanoseconds
 
 	events [256]unix.EpollEvent
@@ -165,7 +166,7 @@ func (e *Epoll) wait() (int, error) {
 
 // turn hands out n events of e.events, what was posted, the due timers, and then runs what was deferred.
 func (e *Epoll) turn(n int) {
-	e.now = time.Since(e.epoch)
+	e.now, e.inTurn = time.Since(e.epoch), true
 	for i := range n {
 		e.dispatch(&e.events[i])
 	}
@@ -195,10 +196,16 @@ func (e *Epoll) turn(n int) {
 	}
 	clear(e.defers)
 	e.defers = e.defers[:0]
+	e.inTurn = false
 }
 
 // Now implements Loop.
-func (e *Epoll) Now() time.Duration { return e.now }
+func (e *Epoll) Now() time.Duration {
+	if !e.inTurn { // before Run
+		e.now = time.Since(e.epoch)
+	}
+	return e.now
+}
 
 // Post implements Loop. The eventfd is written only if the loop sleeps, so once for many.
 func (e *Epoll) Post(fn func()) { e.post(incoming{fn: fn}) }
@@ -233,7 +240,7 @@ func (e *Epoll) Defer(fn func()) { e.defers = append(e.defers, fn) }
 // After implements Loop.
 func (e *Epoll) After(d time.Duration, fn func()) *Timer {
 	e.seq++
-	t := &Timer{at: e.now + max(d, 0), seq: e.seq, fn: fn, owner: e}
+	t := &Timer{at: e.Now() + max(d, 0), seq: e.seq, fn: fn, owner: e}
 	e.timers.push(t)
 	return t
 }
