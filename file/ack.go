@@ -1,0 +1,84 @@
+package file
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/device"
+)
+
+// done takes a replica's answer to an append.
+func (o *appendOp) done(q *torus.Request) {
+	f, b, i := o.f, o.blk, o.rep
+	end := q.Off + q.Len
+	q.Data, o.blk = nil, nil
+	f.freeOps = append(f.freeOps, o)
+	if b.dead || f.err != nil {
+		return
+	}
+	if q.Err != nil {
+		f.replicaFailed(q, b)
+		return
+	}
+	b.replicas[i].stored = max(b.replicas[i].stored, end)
+	b.confirm()
+	f.acknowledge()
+}
+
+// replicaFailed: the answer to a mutating request was an error.
+func (f *File) replicaFailed(q *torus.Request, b *openBlock) {
+	if errors.Is(q.Err, torus.ErrFenced) {
+		f.fenced(q.Fence)
+		return
+	}
+	if errors.Is(q.Err, torus.ErrOutOfSpace) {
+		f.dist.MarkFull(q.Peer)
+	}
+	f.roll(fmt.Errorf("%v: %w", q.Op, q.Err), b, q.Peer)
+}
+
+// acknowledge completes, in order, the writes whose record and every lower one is in memory on every replica of one block.
+func (f *File) acknowledge() {
+	moved := false
+	for f.held < f.sent {
+		r := f.rec(f.held + 1)
+		if r.end() > r.blk.stored {
+			break
+		}
+		f.held++
+		r.home = uint64(r.blk.ref.Index)
+		moved = true
+		if r.acked {
+			continue // it was, before a roll
+		}
+		r.acked = true
+		f.acked = r.seq
+		f.over.put(r)
+		f.prefetch(r)
+		// Finish may come back to us, and r may be gone when it returns.
+		seq, reqs := r.seq, r.reqs
+		r.reqs, f.spareReqs = f.spareReqs, nil
+		for i, q := range reqs {
+			reqs[i] = nil
+			if q.Flags&device.FUA != 0 {
+				f.waiters = append(f.waiters, flushWaiter{seq, q})
+			} else {
+				q.Finish(nil)
+			}
+		}
+		f.spareReqs = reqs[:0]
+	}
+	if moved && len(f.waiters) > 0 {
+		f.startSync()
+	}
+}
+
+// fenced ends the file: a newer attach has been promised obedience.
+func (f *File) fenced(by uint64) {
+	f.fail(&torus.Error{
+		Op: "write", Obj: "volume " + f.cfg.Volume.Name,
+		Err:  fmt.Errorf("%w: epoch %d has taken over from epoch %d", torus.ErrFenced, by, f.epoch),
+		Hint: "Another host has attached the volume; see who with `torusctl volume info " + f.cfg.Volume.Name + "`.",
+	})
+}

@@ -1,0 +1,799 @@
+package file
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/buf"
+	"github.com/coreos/torus/loop"
+	"github.com/coreos/torus/models"
+	"github.com/coreos/torus/record"
+	"google.golang.org/protobuf/proto"
+)
+
+const (
+	// fenceGrace is how long an attach waits for the rest of the peers when it has heard enough: a restarted one may have lost
+	// an unsynced tail that another still has.
+	fenceGrace = 300 * time.Millisecond
+	// scanBytes is how many bytes of headers are asked for at a time.
+	scanBytes = 512 << 10
+	// copyBytes bounds a copy in one request, and copyBatch what a recovery holds in memory.
+	copyBytes = 1 << 20
+	copyBatch = 16 << 20
+)
+
+// Open attaches a volume for writing; this is the only way to get a File. It fences every older writer, finds what they left
+// behind, makes it durable and commits it; done is called with a File that serves, or with the reason it cannot:
+// an error wrapping torus.ErrLocked if somebody else holds the volume. It waits, saying so in the log, as
+// long as peers are missing without which the end of the history cannot be known.
+func Open(cfg Config, done func(*File, error)) {
+	cfg.setDefaults()
+	loop.Go(cfg.Loop, func(t *loop.Task) {
+		for {
+			f, err := attach(t, cfg)
+			if err == nil || !errors.Is(err, torus.ErrAgain) {
+				done(f, err)
+				return
+			}
+			cfg.Log.Warn("attach interrupted, beginning again", "err", err)
+			t.Sleep(time.Second)
+		}
+	})
+}
+
+// recovery is one attach under way.
+type recovery struct {
+	f       *File
+	t       *loop.Task
+	old     *models.Window
+	blocks  []*oldBlock
+	peers   map[torus.PeerID]*oldPeer
+	order   []torus.PeerID
+	event   func() // wakes the task
+	found   []foundRec
+	seqUpTo uint64
+}
+
+// oldBlock is a block of the window as it was found.
+type oldBlock struct {
+	ref    torus.BlockRef
+	set    torus.PeerList
+	ps     *models.PlacementSet
+	length uint32 // the longest valid tail
+	recs   []foundRec
+	used   uint32 // bytes that the recovered history needs
+	whole  bool   // every peer of the set has those, durably, under our epoch
+	slot   uint32
+	listed bool
+}
+
+type oldPeer struct {
+	asked, answered bool
+	tails           map[torus.IndexID]uint32
+	committed       uint64
+}
+
+// foundRec is one copy of a record.
+type foundRec struct {
+	hdr record.Header
+	blk *oldBlock
+}
+
+func (x *foundRec) end() uint32 { return x.hdr.Offset + uint32(x.hdr.Size()) }
+
+func attach(t *loop.Task, cfg Config) (*File, error) {
+	f := &File{
+		cfg: cfg, loop: cfg.Loop, dist: cfg.Dist, log: cfg.Log, vol: torus.VolumeID(cfg.Volume.Id), size: cfg.Volume.SizeBytes,
+		repl: cfg.Replication,
+	}
+	began := f.loop.Now()
+	for f.dist.Ring() == nil || len(f.dist.Ring().Members()) == 0 {
+		cfg.Log.Warn("waiting for the ring to have members")
+		t.Sleep(time.Second)
+	}
+	if f.repl == 0 {
+		f.repl = f.dist.Ring().Replication()
+	}
+	// Step 1: a new epoch, and what the last one left.
+	var err error
+	t.Call(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), mdsTimeout)
+		defer cancel()
+		f.state, err = cfg.MDS.Attach(ctx, f.vol, cfg.Lease, cfg.Holder, cfg.Force)
+	})
+	if err != nil {
+		hint := ""
+		if errors.Is(err, torus.ErrLocked) {
+			hint = "Wait until it is released or its lease has expired (10 s after its holder died), or take over with --force."
+		}
+		return nil, &torus.Error{Op: "attach", Obj: "volume " + cfg.Volume.Name, Err: err, Hint: hint}
+	}
+	f.epoch = f.state.Epoch
+	f.log = f.log.With("epoch", f.epoch)
+	a := &recovery{f: f, t: t, old: f.state.Open, peers: map[torus.PeerID]*oldPeer{}}
+	if err := a.run(); err != nil {
+		if f.err == nil {
+			f.err = err
+		}
+		if !errors.Is(err, torus.ErrAgain) {
+			t.Call(func() {
+				ctx, cancel := context.WithTimeout(context.Background(), mdsTimeout)
+				defer cancel()
+				_ = cfg.MDS.Unlock(ctx, f.vol, f.epoch) // else its lease ends it
+			})
+		}
+		return nil, fmt.Errorf("attach volume %s: %w", cfg.Volume.Name, err)
+	}
+	f.log.Info("attached", "took", f.loop.Now()-began, "seq", f.last, "recovered", len(a.found))
+	f.lastCkpt = f.loop.Now()
+	f.tick = f.loop.After(time.Second, f.housekeeping)
+	f.unwatch = f.dist.Watch(func() {
+		if f.err == nil && !f.closed {
+			f.pump()
+			f.maybeExtend()
+		}
+	})
+	return f, nil
+}
+
+func (a *recovery) run() error {
+	f, t := a.f, a.t
+	head := f.state.Head
+	f.table.init()
+	f.m.init(f.size, f.cfg.MapBytes, f.readNode)
+	f.meta.typ = torus.TypeINode
+	if err := a.window(); err != nil {
+		return err
+	}
+	if err := a.fence(); err != nil { // step 2, 3
+		return err
+	}
+	if head != nil {
+		if err := f.loadInode(t, head); err != nil {
+			return err
+		}
+		f.number = head.Number
+		a.seqUpTo = head.Seq
+	}
+	if err := a.scan(); err != nil { // step 4
+		return err
+	}
+	f.applied, f.flushed, f.held, f.sent, f.last, f.acked = a.seqUpTo, a.seqUpTo, a.seqUpTo, a.seqUpTo, a.seqUpTo, a.seqUpTo
+	for {
+		if healthy, _ := f.dist.Room(); healthy >= f.repl {
+			break
+		}
+		f.log.Warn("waiting for enough healthy peers", "need", f.repl)
+		a.wait(time.Second)
+	}
+	if err := a.copies(); err != nil { // step 5
+		return err
+	}
+	if err := a.replay(); err != nil {
+		return err
+	}
+	fresh := func(s *models.VolumeState) {
+		span := f.newSpan(f.next, windowBlocks)
+		s.Open = &models.Window{Epoch: f.epoch, Spans: []*models.Span{span}}
+		f.win.spans = []*models.Span{span}
+	}
+	if len(a.found) > 0 {
+		f.checkpointing = true
+		err := f.checkpoint(t, fresh)
+		f.checkpointing = false
+		if err != nil {
+			return again(err)
+		}
+	} else {
+		f.takeMeta(t)
+		err := f.commit(t, fresh)
+		f.releaseMeta()
+		if err != nil {
+			return err
+		}
+	}
+	a.seal() // step 6
+	return nil
+}
+
+// again says that an attach that failed for want of a peer is worth beginning anew.
+func again(err error) error {
+	if errors.Is(err, torus.ErrFenced) || errors.Is(err, torus.ErrCorrupt) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", torus.ErrAgain, err)
+}
+
+// window lists the blocks an older writer may have appended to, and their registered sets.
+func (a *recovery) window() error {
+	if a.old == nil {
+		return nil
+	}
+	f := a.f
+	for _, s := range a.old.Spans {
+		if err := f.dist.NeedRing(a.t, s.RingVersion); err != nil {
+			return again(err)
+		}
+		for i := s.Lo; i < s.Hi; i++ {
+			b := &oldBlock{ref: torus.BlockRef{Type: torus.TypeBlock, Volume: f.vol, INode: torus.INodeID(a.old.Epoch), Index: torus.IndexID(i)}}
+			b.ps = spanPlacement(a.old.Spans, i)
+			b.set = f.dist.Set(b.ref, b.ps)
+			a.blocks = append(a.blocks, b)
+			for _, p := range b.set {
+				if a.peers[p] == nil {
+					a.peers[p] = &oldPeer{}
+					a.order = append(a.order, p)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// wait lets the task sleep until something has happened, or for d.
+func (a *recovery) wait(d time.Duration) {
+	a.t.Wait(func(wake func()) {
+		var timer *loop.Timer
+		a.event = func() {
+			a.event = nil
+			timer.Stop()
+			wake()
+		}
+		timer = a.f.loop.After(d, func() {
+			if a.event != nil {
+				a.event()
+			}
+		})
+	})
+}
+
+func (a *recovery) happened() {
+	if a.event != nil {
+		a.event()
+	}
+}
+
+// fence is step 2: every peer that may hold a block of the window promises to refuse older epochs and says how much it has.
+// At least one peer of the registered set of every block must answer, empty blocks included: never guess.
+func (a *recovery) fence() error {
+	f := a.f
+	if len(a.blocks) == 0 {
+		return nil
+	}
+	lo, hi := a.blocks[0].ref.Index, a.blocks[len(a.blocks)-1].ref.Index+1
+	stop := f.dist.Watch(a.happened)
+	defer stop()
+	var fencedBy uint64
+	var covered time.Duration = -1
+	warn := f.loop.Now() + time.Second
+	for {
+		for _, p := range a.order {
+			op := a.peers[p]
+			if op.asked || op.answered || !f.dist.Healthy(p) {
+				continue
+			}
+			op.asked = true
+			f.dist.Submit(p, &torus.Request{
+				Op: torus.OpFence, Epoch: f.epoch, Peer: p, Len: uint32(hi - lo),
+				Ref: torus.BlockRef{Type: torus.TypeBlock, Volume: f.vol, INode: torus.INodeID(a.old.Epoch), Index: lo},
+				Done: func(r *torus.Request) {
+					op.asked = false
+					switch {
+					case errors.Is(r.Err, torus.ErrFenced):
+						fencedBy = r.Fence
+					case r.Err != nil:
+						f.log.Warn("fence", "peer", r.Peer, "err", r.Err)
+					default:
+						op.answered = true
+						op.committed = r.Committed
+						op.tails = map[torus.IndexID]uint32{}
+						for _, x := range r.Tails {
+							op.tails[x.Ref.Index] = x.Length
+						}
+					}
+					a.happened()
+				},
+			})
+		}
+		if fencedBy > f.epoch {
+			return fmt.Errorf("%w: epoch %d is being attached, this is %d", torus.ErrFenced, fencedBy, f.epoch)
+		}
+		missing, everybody := a.missing()
+		now := f.loop.Now()
+		if len(missing) == 0 {
+			if covered < 0 {
+				covered = now
+			}
+			if everybody || now >= covered+fenceGrace {
+				break
+			}
+		} else if now >= warn {
+			warn = now + 5*time.Second
+			f.log.Warn("attach waits for peers: some blocks of the log can only be answered for by them", "peers", strings.Join(missing, ", "))
+		}
+		a.wait(50 * time.Millisecond)
+	}
+	for _, b := range a.blocks { // step 3: the longest valid tail
+		for _, p := range b.set {
+			if op := a.peers[p]; op.answered {
+				b.length = max(b.length, op.tails[b.ref.Index])
+			}
+		}
+	}
+	return nil
+}
+
+// missing names the peers of blocks that nobody has answered for. everybody: all that are healthy or may soon be have answered.
+func (a *recovery) missing() (names []string, everybody bool) {
+	want := map[torus.PeerID]bool{}
+	for _, b := range a.blocks {
+		ok := false
+		for _, p := range b.set {
+			ok = ok || a.peers[p].answered
+		}
+		if !ok {
+			for _, p := range b.set {
+				want[p] = true
+			}
+		}
+	}
+	everybody = true
+	for _, p := range a.order {
+		if want[p] {
+			names = append(names, a.f.dist.Describe(p))
+		}
+		if !a.peers[p].answered && (a.f.dist.Healthy(p) || a.f.dist.Alive(p)) {
+			everybody = false
+		}
+	}
+	return names, everybody
+}
+
+// loadInode reads the INode that the head names, and the block table.
+func (f *File) loadInode(t *loop.Task, h *models.Head) error {
+	b, err := f.readExtent(t, h.Inode)
+	if err != nil {
+		return fmt.Errorf("INode %d: %w", h.Number, err)
+	}
+	n := &models.INode{}
+	if err := proto.Unmarshal(b, n); err != nil || n.Format != 1 || n.Volume != uint64(f.vol) || n.Number != h.Number {
+		return fmt.Errorf("INode %d is not what its head says: %w", h.Number, torus.ErrCorrupt)
+	}
+	for _, s := range n.Sets {
+		f.table.intern(s)
+		if err := f.dist.NeedRing(t, s.RingVersion); err != nil {
+			return again(err)
+		}
+	}
+	f.table.pages = n.Table
+	f.table.dirty = make([]bool, len(n.Table))
+	pages := make([][]byte, len(n.Table))
+	var failed error
+	const atOnce = 64
+	for i := 0; i < len(pages); i += atOnce {
+		t.All(min(atOnce, len(pages)-i), func(k int, done func()) {
+			f.startExtent(n.Table[i+k], func(b []byte, err error) {
+				pages[i+k] = b
+				if err != nil {
+					failed = fmt.Errorf("block table page %d: %w", i+k, err)
+				}
+				done()
+			})
+		})
+		if failed != nil {
+			return failed
+		}
+	}
+	for i, b := range pages {
+		if err := f.table.decodePage(i, b); err != nil {
+			return err
+		}
+	}
+	for i := range f.table.e {
+		if !f.table.e[i].used {
+			f.table.reuse(uint32(i))
+		}
+	}
+	if err := f.resolve(); err != nil {
+		return err
+	}
+	for i, e := range n.Top {
+		if i < len(f.m.top) {
+			f.m.top[i].ptr = entry(e)
+		}
+	}
+	ref := torus.BlockRef{Type: torus.TypeINode, Volume: f.vol, INode: torus.INodeID(h.Inode.Epoch), Index: torus.IndexID(h.Inode.Index)}
+	slot, ok := f.table.byRef[ref]
+	if !ok {
+		return fmt.Errorf("INode %d does not list its own block: %w", h.Number, torus.ErrCorrupt)
+	}
+	// Its pages were counted when it was written, padding included; the record says how many.
+	f.meta.inodeSlot = slot
+	f.meta.inodePages, err = f.inodePages(t, ref, h.Inode)
+	return err
+}
+
+// inodePages is how many pages the record of an INode takes.
+func (f *File) inodePages(t *loop.Task, ref torus.BlockRef, x *models.Extent) (int, error) {
+	b, err := f.readRaw(t, ref, f.dist.Set(ref, x.Set), x.Offset-record.HeaderSize, record.HeaderSize)
+	if err != nil {
+		return 0, err
+	}
+	var h record.Header
+	if err := h.Decode(b); err != nil {
+		return 0, err
+	}
+	return h.Pages(), nil
+}
+
+func (f *File) readExtent(t *loop.Task, x *models.Extent) (b []byte, err error) {
+	if err := f.dist.NeedRing(t, x.Set.RingVersion); err != nil {
+		return nil, again(err)
+	}
+	t.Wait(func(wake func()) {
+		f.startExtent(x, func(got []byte, e error) {
+			b, err = got, e
+			wake()
+		})
+	})
+	return b, err
+}
+
+func (f *File) startExtent(x *models.Extent, done func([]byte, error)) {
+	rd := f.dist.NewRead()
+	rd.Ref = torus.BlockRef{Type: torus.TypeINode, Volume: f.vol, INode: torus.INodeID(x.Epoch), Index: torus.IndexID(x.Index)}
+	rd.Off, rd.Data, rd.Set, rd.Wait = x.Offset, make([]byte, x.Length), f.dist.Set(rd.Ref, x.Set), true
+	b := rd.Data
+	rd.Verify = func(*read) bool { return record.Checksum(b) == x.Crc32C }
+	rd.Done = func(rd *read) {
+		err := rd.Err
+		rd.Release()
+		done(b, err)
+	}
+	rd.Start()
+}
+
+func (f *File) readRaw(t *loop.Task, ref torus.BlockRef, set torus.PeerList, off, n uint32) ([]byte, error) {
+	b := make([]byte, n)
+	var err error
+	t.Wait(func(wake func()) {
+		rd := f.dist.NewRead()
+		rd.Ref, rd.Off, rd.Data, rd.Set, rd.Wait = ref, off, b, set, true
+		rd.Done = func(rd *read) {
+			err = rd.Err
+			rd.Release()
+			wake()
+		}
+		rd.Start()
+	})
+	return b, err
+}
+
+// holders are the peers of a block that have its first n bytes, in the order of its set.
+func (a *recovery) holders(b *oldBlock, n uint32) (l torus.PeerList) {
+	for _, p := range b.set {
+		if op := a.peers[p]; op.answered && op.tails[b.ref.Index] >= n {
+			l = append(l, p)
+		}
+	}
+	return l
+}
+
+// scan is step 4 but for the map: it reads the headers of all records of the window, and keeps, in sequence order and without
+// duplicates, those from the head on to the first gap.
+func (a *recovery) scan() error {
+	f := a.f
+	committed := uint64(0)
+	for _, p := range a.order {
+		committed = max(committed, a.peers[p].committed)
+	}
+	var busy []*oldBlock
+	for _, b := range a.blocks {
+		if b.length > 0 {
+			busy = append(busy, b)
+		}
+	}
+	var failed error
+	for i := 0; i < len(busy); i += 16 {
+		part := busy[i:min(i+16, len(busy))]
+		a.t.All(len(part), func(k int, done func()) {
+			a.scanBlock(part[k], 0, a.holders(part[k], part[k].length), func(err error) {
+				if err != nil {
+					failed = err
+				}
+				done()
+			})
+		})
+		if failed != nil {
+			return again(failed)
+		}
+	}
+	var all []foundRec
+	for _, b := range busy {
+		for _, r := range b.recs {
+			committed = max(committed, r.hdr.Flushed)
+			if r.hdr.Seq > a.seqUpTo {
+				all = append(all, r)
+			}
+		}
+	}
+	slices.SortStableFunc(all, func(x, y foundRec) int { return cmp.Compare(x.hdr.Seq, y.hdr.Seq) })
+	for _, r := range all {
+		if r.hdr.Seq > a.seqUpTo+1 {
+			break
+		}
+		a.seqUpTo = r.hdr.Seq
+		a.found = append(a.found, r) // every copy: which one counts is decided when it is known which are whole
+	}
+	if a.seqUpTo < committed {
+		return &torus.Error{
+			Op: "recover", Obj: "volume " + f.cfg.Volume.Name,
+			Err:  fmt.Errorf("%w: the log ends at record %d, but record %d was flushed", torus.ErrCorrupt, a.seqUpTo, committed),
+			Hint: "Flushed data is missing on every peer that answered. Bring back the peers that hold it; nothing has been changed.",
+		}
+	}
+	for i := range a.found {
+		b := a.found[i].blk
+		b.used = max(b.used, a.found[i].end())
+	}
+	return nil
+}
+
+func (a *recovery) scanBlock(b *oldBlock, off uint32, from torus.PeerList, done func(error)) {
+	if off >= b.length {
+		done(nil)
+		return
+	}
+	if len(from) == 0 {
+		done(fmt.Errorf("headers of %v: %w", b.ref, torus.ErrBlockUnavailable))
+		return
+	}
+	a.f.dist.Submit(from[0], &torus.Request{
+		Op: torus.OpScan, Ref: b.ref, Epoch: a.f.epoch, Off: off, Len: scanBytes, Peer: from[0],
+		Done: func(r *torus.Request) {
+			at := off
+			rest := r.Data
+			err := r.Err
+			for err == nil && len(rest) > 0 && at < b.length {
+				var x foundRec
+				if rest, err = record.NextScanEntry(rest, &x.hdr); err == nil {
+					if x.hdr.Ref != b.ref || x.hdr.Offset != at {
+						err = torus.ErrCorrupt
+						break
+					}
+					x.blk = b
+					b.recs = append(b.recs, x)
+					at = x.end()
+				}
+			}
+			if errors.Is(err, torus.ErrFenced) {
+				done(err)
+				return
+			}
+			if err != nil || at == off {
+				a.f.log.Warn("scan", "block", b.ref.String(), "peer", from[0], "err", err)
+				a.scanBlock(b, at, from[1:], done)
+				return
+			}
+			a.scanBlock(b, at, from, done)
+		},
+	})
+}
+
+// copies is step 5: every recovered record becomes durable on its whole set. In place where the whole registered set of its
+// block confirms, else, once more, in a block of this epoch.
+func (a *recovery) copies() error {
+	for _, b := range a.blocks {
+		if b.used == 0 {
+			continue
+		}
+		if err := a.complete(b); err != nil {
+			if errors.Is(err, torus.ErrFenced) {
+				return err
+			}
+			a.f.log.Info("block cannot be completed in place", "block", b.ref.String(), "err", err)
+		}
+	}
+	return nil
+}
+
+// complete brings every peer of a block's set to the length the history needs, durably.
+func (a *recovery) complete(b *oldBlock) error {
+	f := a.f
+	for _, p := range b.set {
+		// Only a peer that has promised us its fence counts (model rule 6).
+		if !f.dist.Healthy(p) || !a.peers[p].answered {
+			return fmt.Errorf("peer %s: %w", f.dist.Describe(p), torus.ErrNoPeer)
+		}
+	}
+	have := a.holders(b, b.used)
+	for _, p := range b.set {
+		at := a.peers[p].tails[b.ref.Index]
+		for at < b.used {
+			// As many whole records as fit.
+			end := at
+			for _, r := range b.recs {
+				if r.hdr.Offset >= at && r.end() <= b.used && (r.end()-at <= copyBytes || end == at) {
+					end = r.end()
+				}
+			}
+			if end == at {
+				return fmt.Errorf("no record at %d of %v: %w", at, b.ref, torus.ErrCorrupt)
+			}
+			data, err := f.readRaw(a.t, b.ref, have, at, end-at)
+			if err != nil {
+				return err
+			}
+			if err := a.ask(&torus.Request{Op: torus.OpAppend, Ref: b.ref, Epoch: f.epoch, Off: at, Len: end - at, Data: data, Peer: p}); err != nil {
+				return err
+			}
+			at = end
+		}
+	}
+	var failed error
+	var reqs []*torus.Request
+	for _, p := range b.set {
+		reqs = append(reqs, &torus.Request{Op: torus.OpSync, Ref: b.ref, Epoch: f.epoch, Len: b.used, Peer: p})
+	}
+	f.all(a.t, reqs, func(r *torus.Request) {
+		if r.Err != nil {
+			failed = r.Err
+		}
+	})
+	b.whole = failed == nil
+	return failed
+}
+
+func (a *recovery) ask(r *torus.Request) error {
+	a.t.Wait(func(wake func()) {
+		r.Done = func(*torus.Request) { wake() }
+		a.f.dist.Submit(r.Peer, r)
+	})
+	return r.Err
+}
+
+// replay puts the recovered records into the map, each at a place where it is durable.
+func (a *recovery) replay() error {
+	f := a.f
+	side := sideWriter{typ: torus.TypeBlock, next: f.next}
+	var batch []*sideRec
+	bytes := 0
+	flush := func() error {
+		err := f.writeSide(a.t, batch)
+		for _, r := range batch {
+			r.b.Release()
+		}
+		batch, bytes = nil, 0
+		f.next = side.next
+		if err != nil {
+			return again(err)
+		}
+		return nil
+	}
+	for i := 0; i < len(a.found); {
+		j := i
+		pick := i
+		for ; j < len(a.found) && a.found[j].hdr.Seq == a.found[i].hdr.Seq; j++ {
+			if a.found[j].blk.whole {
+				pick = j
+			}
+		}
+		r := &a.found[pick]
+		i = j
+		var slot, first uint32
+		if r.blk.whole {
+			if !r.blk.listed {
+				r.blk.listed = true
+				var ok bool
+				if r.blk.slot, ok = f.table.byRef[r.blk.ref]; !ok {
+					r.blk.slot = f.table.add(r.blk.ref, r.blk.ps, r.blk.set)
+				}
+				f.table.setLength(r.blk.slot, r.blk.used/pageSize)
+			}
+			slot, first = r.blk.slot, r.hdr.Offset/pageSize+1
+		} else {
+			c, err := a.rescue(&side, r)
+			if err != nil {
+				return err
+			}
+			batch = append(batch, c)
+			slot, first = c.blk.slot, c.off/pageSize+1
+			if bytes += len(c.mem()); bytes >= copyBatch {
+				if err := flush(); err != nil {
+					return err
+				}
+			}
+		}
+		if err := a.loadLeaves(&r.hdr); err != nil {
+			return err
+		}
+		f.applyExtents(slot, first, &r.hdr)
+	}
+	if len(batch) > 0 {
+		if err := flush(); err != nil {
+			return err
+		}
+	}
+	f.next = max(f.next, side.next)
+	return nil
+}
+
+// rescue copies a record into a block of this epoch.
+func (a *recovery) rescue(w *sideWriter, r *foundRec) (*sideRec, error) {
+	f := a.f
+	raw := buf.Get(r.hdr.Size())
+	defer raw.Release()
+	var err error
+	a.t.Wait(func(wake func()) {
+		rd := f.dist.NewRead()
+		rd.Ref, rd.Off, rd.Data = r.blk.ref, r.hdr.Offset, raw.Bytes()[:r.hdr.Size()]
+		rd.Set = a.holders(r.blk, r.end())
+		rd.Verify = func(rd *read) bool {
+			var h record.Header
+			_, err := record.Check(r.blk.ref, r.hdr.Offset, rd.Data, &h)
+			return err == nil
+		}
+		rd.Done = func(rd *read) {
+			err = rd.Err
+			rd.Release()
+			wake()
+		}
+		rd.Start()
+	})
+	if err != nil {
+		return nil, again(err)
+	}
+	c, err := w.record(f, r.hdr.Pages(), false)
+	if err != nil {
+		return nil, again(err)
+	}
+	c.pages = r.hdr.Pages()
+	copy(c.mem()[record.HeaderSize:], raw.Bytes()[record.HeaderSize:r.hdr.Size()])
+	c.hdr.Seq, c.hdr.Extents, c.hdr.CRCs = r.hdr.Seq, r.hdr.Extents, r.hdr.CRCs
+	w.close(f, c)
+	return c, nil
+}
+
+func (a *recovery) loadLeaves(h *record.Header) error {
+	f := a.f
+	r := rec{hdr: *h}
+	for {
+		page, missing := f.missing(&r)
+		if !missing {
+			return nil
+		}
+		var err error
+		a.t.Wait(func(wake func()) {
+			f.m.load(page, func(e error) {
+				err = e
+				wake()
+			})
+		})
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// seal tells the old blocks' peers how long they are for good. A hint: nothing rests on it.
+func (a *recovery) seal() {
+	f := a.f
+	for _, b := range a.blocks {
+		if !b.whole {
+			continue
+		}
+		for _, p := range b.set {
+			f.dist.Submit(p, &torus.Request{Op: torus.OpSeal, Ref: b.ref, Epoch: f.epoch, Len: b.used, Peer: p, Done: func(r *torus.Request) {
+				if r.Err != nil {
+					f.log.Debug("seal", "block", r.Ref.String(), "peer", r.Peer, "err", r.Err)
+				}
+			}})
+		}
+	}
+}

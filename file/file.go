@@ -1,0 +1,292 @@
+// Package file is the primitive under every volume: a log-structured virtual disk. The one attached writer
+// appends records to its open block on every replica; what is flushed enters the map, which says where each
+// page's newest bytes are; a checkpoint writes the map's changed nodes and commits a new INode.
+//
+// A File is a state machine on one loop: requests and replies in, requests and completions out; nothing
+// in it blocks. Only attach, checkpoint and window extension, which wait for the MDS, are loop.Tasks.
+//
+// How far the log has got is five sequence numbers, each at most the next:
+//
+//	applied ≤ flushed ≤ held ≤ sent ≤ last
+//
+//	applied  in the map; forgotten by the log
+//	flushed  durable on the whole registered set of a window block (flush.go)
+//	held     in memory on the whole registered set of a window block (ack.go)
+//	sent     on its way to the replicas of the open block (send.go)
+//	last     made into a record (write.go)
+//
+// acked is the highest held ever was: acknowledgement is in sequence order, across blocks. When a replica
+// fails (roll), sent and held fall back to flushed and everything above goes to the next block; acked
+// stays. Records above applied are retained in memory, and reads look there first (overlay.go).
+package file
+
+import (
+	"log/slog"
+	"time"
+
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/device"
+	"github.com/coreos/torus/distributor"
+	"github.com/coreos/torus/loop"
+	"github.com/coreos/torus/models"
+)
+
+const pageSize = torus.PageSize
+
+// Config is what a File is made of.
+type Config struct {
+	Loop   loop.Loop
+	Dist   *distributor.Distributor
+	MDS    torus.MetadataService
+	Volume *models.Volume
+	// BlockSize is the cluster's, in bytes.
+	BlockSize uint32
+	// Replication is how many copies a block gets; 0: what the ring says.
+	Replication int
+	// Lease is the one the holding of the volume is recorded under.
+	Lease torus.LeaseID
+	// Holder describes this process to whoever finds the volume locked.
+	Holder *models.Holder
+	// Force takes over from a holder whose lease still lives.
+	Force bool
+
+	RetainBytes     int           // bound of what is kept in memory until it is flushed; default 64 MiB
+	MapBytes        int           // bound of the map's leaves in memory; default 64 MiB
+	CheckpointBytes uint64        // of log between checkpoints; default 256 MiB
+	CheckpointEvery time.Duration // at the latest, if anything was written; default 30 s
+	WindowAhead     time.Duration // how long the registered window should last at the present rate; default 60 s
+
+	Log       *slog.Logger     // nil: none
+	WallClock func() time.Time // for time stamps people read; default time.Now
+	// OnFail is called once when the file has failed for good: fenced by a newer attach.
+	OnFail func(error)
+}
+
+func (c *Config) setDefaults() {
+	def := func(p *int, v int) {
+		if *p == 0 {
+			*p = v
+		}
+	}
+	def(&c.RetainBytes, 64<<20)
+	def(&c.MapBytes, 64<<20)
+	if c.CheckpointBytes == 0 {
+		c.CheckpointBytes = 256 << 20
+	}
+	if c.CheckpointEvery == 0 {
+		c.CheckpointEvery = 30 * time.Second
+	}
+	if c.WindowAhead == 0 {
+		c.WindowAhead = time.Minute
+	}
+	if c.WallClock == nil {
+		c.WallClock = time.Now
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	c.Log = c.Log.With("volume", c.Volume.Name)
+}
+
+// Stats is a file's account of itself.
+type Stats struct {
+	Epoch                              uint64
+	Acked, Flushed, Applied            uint64 // sequence numbers
+	LogBytes                           uint64 // appended since attach, one replica, headers included
+	Rolls, Checkpoints, Syncs, Records uint64
+	RetainedBytes                      int
+	LiveBytes, StoredBytes             uint64
+	Leaves, DirtyLeaves                int
+}
+
+// File is an attached file: the one writer of its volume. See the package comment.
+type File struct {
+	cfg  Config
+	loop loop.Loop
+	dist *distributor.Distributor
+	log  *slog.Logger
+	vol  torus.VolumeID
+	size uint64 // bytes
+	repl int
+
+	state    torus.VolumeState // as last committed or read
+	epoch    uint64
+	metaBusy bool // a transaction is under way; see commit
+	metaWait []func()
+
+	// The log.
+	recs                                      []*rec // ring, by seq & mask
+	applied, flushed, held, sent, last, acked uint64
+	building                                  *rec
+	sealing                                   bool // a Defer to seal the building record is pending
+	seg                                       *segment
+	retained                                  int // bytes of records above applied
+	unflushed                                 int // … above flushed
+	freeRecs                                  []*rec
+	spareReqs                                 []*device.Request
+	freeOps                                   []*appendOp
+	freeSyncs                                 []*syncOp
+	over                                      overlay
+	applying                                  bool // waiting for a leaf
+
+	// Blocks.
+	win    window
+	next   uint64       // first index of the window not used yet
+	blk    *openBlock   // takes the next record; nil: none yet
+	blocks []*openBlock // with unflushed records, in order; blk is the last
+	full   bool         // no room in the cluster: new writes fail with ErrOutOfSpace
+
+	// Flushes.
+	syncing   bool
+	syncLeft  int
+	syncUpTo  uint64
+	syncGen   uint64
+	waiters   []flushWaiter
+	waiting   []*pending // writes held back: no room to retain them
+	locked    map[uint64]struct{}
+	blocked   []*pending // writes to a page whose read-modify-write is under way
+	freeReads []*readOp
+	freeRuns  []*readRun
+
+	m     fmap
+	table table
+
+	meta          metaWriter
+	checkpointing bool
+	sinceCkpt     uint64 // log bytes applied since the last checkpoint began
+	lastCkpt      time.Duration
+	number        uint64 // of the newest INode
+	closing       bool
+	closed        bool
+	err           error // failed for good
+	tick          *loop.Timer
+	unwatch       func()
+	stats         Stats
+	rate          rate
+}
+
+// Size is the size of the file in bytes.
+func (f *File) Size() uint64 { return f.size }
+
+// ReadOnly is false: a File is attached for writing.
+func (f *File) ReadOnly() bool { return false }
+
+// Epoch is the fencing token this file writes under.
+func (f *File) Epoch() uint64 { return f.epoch }
+
+// Err is why the file has failed for good, or nil.
+func (f *File) Err() error { return f.err }
+
+// Stats returns the present counts.
+func (f *File) Stats() Stats {
+	s := f.stats
+	s.Epoch, s.Acked, s.Flushed, s.Applied = f.epoch, f.acked, f.flushed, f.applied
+	s.RetainedBytes, s.Leaves, s.DirtyLeaves = f.retained, f.m.leaves, f.m.dirtyLeaves
+	s.LiveBytes, s.StoredBytes = f.table.usage()
+	return s
+}
+
+// Submit starts a request; see device.Device.
+func (f *File) Submit(r *device.Request) {
+	if f.err != nil {
+		r.Finish(f.err)
+		return
+	}
+	if f.closing {
+		r.Finish(device.ErrShutdown)
+		return
+	}
+	if r.Op != device.Flush && (r.Off > f.size || r.Len > f.size-r.Off) {
+		r.Finish(device.ErrRange)
+		return
+	}
+	switch r.Op {
+	case device.Read:
+		f.read(r)
+	case device.Write, device.Trim, device.WriteZeroes:
+		f.write(r)
+	case device.Flush:
+		f.flush(r)
+	case device.Status:
+		f.status(r)
+	case device.Prefetch:
+		r.Finish(nil)
+	default:
+		r.Finish(device.ErrNotSupported)
+	}
+}
+
+// fail ends the file: everything under way and everything to come fails with err.
+func (f *File) fail(err error) {
+	if f.err != nil {
+		return
+	}
+	f.err = err
+	f.log.Error("volume failed for good", "epoch", f.epoch, "err", err)
+	f.tick.Stop()
+	f.syncGen++
+	for _, b := range f.blocks {
+		b.dead = true
+	}
+	for s := f.flushed + 1; s <= f.last; s++ {
+		for _, r := range f.rec(s).reqs {
+			r.Finish(err)
+		}
+		f.rec(s).reqs = nil
+	}
+	if f.building != nil {
+		for _, r := range f.building.reqs {
+			r.Finish(err)
+		}
+		f.building = nil
+	}
+	for _, w := range f.waiters {
+		w.r.Finish(err)
+	}
+	f.waiters = nil
+	for _, l := range [][]*pending{f.waiting, f.blocked} {
+		for _, p := range l {
+			p.drop().Finish(err)
+		}
+	}
+	f.waiting, f.blocked = nil, nil
+	if f.cfg.OnFail != nil {
+		f.cfg.OnFail(err)
+	}
+}
+
+// housekeeping runs once a second.
+func (f *File) housekeeping() {
+	if f.err != nil || f.closed {
+		return
+	}
+	f.tick = f.loop.After(time.Second, f.housekeeping)
+	f.rate.tick(f.stats.LogBytes, time.Second)
+	if f.held > f.flushed {
+		f.startSync()
+	}
+	f.maybeCheckpoint()
+	f.maybeExtend()
+	f.pump()
+}
+
+// Close flushes, checkpoints and gives the volume up. Requests under way are completed first; new ones are refused.
+// done is called once, with nil if nothing is left for a recovery to do.
+func (f *File) Close(done func(error)) {
+	loop.Go(f.loop, func(t *loop.Task) { done(f.close(t)) })
+}
+
+// Abandon stops the file where it is, as a crash would, except that pending requests fail with err.
+func (f *File) Abandon(err error) {
+	f.fail(err)
+	f.stop()
+}
+
+func (f *File) stop() {
+	f.closed = true
+	f.tick.Stop()
+	if f.unwatch != nil {
+		f.unwatch()
+		f.unwatch = nil
+	}
+}

@@ -1,0 +1,371 @@
+package file
+
+import (
+	"errors"
+	"time"
+
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/buf"
+	"github.com/coreos/torus/device"
+	"github.com/coreos/torus/distributor"
+	"github.com/coreos/torus/record"
+)
+
+const (
+	retryEvery = 100 * time.Millisecond
+	// runPages bounds a run read in one request: 1 MiB.
+	runPages = record.MaxPages
+	// statusPages bounds what one status request looks at: 256 MiB, 128 leaves.
+	statusPages = 256 << 20 / pageSize
+)
+
+// readOp is a read under way.
+type readOp struct {
+	f       *File
+	r       *device.Request
+	pending int
+	err     error
+	stale   bool // a run failed and the map has moved on: begin again
+	tries   int
+	loaded  func(error)
+}
+
+// readRun is one run of adjacent pages of a read, at one block.
+type readRun struct {
+	op     *readOp
+	first  uint64 // page of the file
+	e      []entry
+	bounce *buf.Buf // the page, if only a part of it is wanted: then dst is that part, from byte in on
+	dst    []byte
+	in     int
+}
+
+func (f *File) read(r *device.Request) {
+	var op *readOp
+	if n := len(f.freeReads); n > 0 {
+		op = f.freeReads[n-1]
+		f.freeReads = f.freeReads[:n-1]
+	} else {
+		op = &readOp{f: f}
+		op.loaded = op.mapLoaded
+	}
+	op.r, op.err, op.stale, op.tries = r, nil, false, 0
+	op.start()
+}
+
+// start looks every page up and asks for what is not in memory. If a part of the map has to be loaded it
+// does that first, and begins again.
+func (op *readOp) start() {
+	f, r := op.f, op.r
+	op.pending = 1
+	if r.Len > 0 {
+		first, last := r.Off/pageSize, (r.Off+r.Len-1)/pageSize
+		missing := false
+		for p := first; p <= last; p = (p/leafPages + 1) * leafPages {
+			if _, ok := f.m.get(p); !ok {
+				missing = true
+				op.pending++
+				f.m.load(p, op.loaded)
+			}
+		}
+		if missing {
+			op.stale = true
+		} else {
+			op.lookUp(first, last)
+		}
+	}
+	op.done(nil)
+}
+
+func (op *readOp) mapLoaded(err error) { op.done(err) }
+
+func (op *readOp) lookUp(first, last uint64) {
+	f, r := op.f, op.r
+	var run *readRun
+	for p := first; p <= last; p++ {
+		at := p * pageSize
+		from, to := max(r.Off, at), min(r.Off+r.Len, at+pageSize)
+		dst := r.Data[from-r.Off : to-r.Off]
+		in := int(from - at)
+		if data, _, ok := f.over.get(p); ok {
+			if data != nil {
+				copy(dst, data[in:])
+			} else {
+				clear(dst)
+			}
+			continue
+		}
+		e, _ := f.m.get(p)
+		if e.kind() != entryData {
+			clear(dst)
+			continue
+		}
+		whole := len(dst) == pageSize
+		if run != nil && whole && run.bounce == nil && len(run.e) < runPages && e.follows(run.e[len(run.e)-1]) && run.first+uint64(len(run.e)) == p {
+			run.e = append(run.e, e)
+			run.dst = r.Data[run.first*pageSize-r.Off : to-r.Off]
+			continue
+		}
+		if run != nil {
+			run.start()
+		}
+		run = f.newRun()
+		run.op, run.first, run.dst, run.in = op, p, dst, in
+		run.e = append(run.e, e)
+		if !whole {
+			run.bounce = buf.Get(pageSize)
+		}
+		op.pending++
+	}
+	if run != nil {
+		run.start()
+	}
+}
+
+// done counts one part of a read; the last one ends it.
+func (op *readOp) done(err error) {
+	if err != nil {
+		op.err = err
+	}
+	if op.pending--; op.pending > 0 {
+		return
+	}
+	f, r := op.f, op.r
+	if f.err != nil {
+		op.err = f.err
+	} else if op.stale && (op.err == nil || op.tries < 3) {
+		if op.err != nil {
+			op.tries++
+		}
+		op.stale, op.err = false, nil
+		op.start()
+		return
+	}
+	err = op.err
+	op.r = nil
+	f.freeReads = append(f.freeReads, op)
+	r.Finish(err)
+}
+
+func (f *File) newRun() *readRun {
+	if n := len(f.freeRuns); n > 0 {
+		x := f.freeRuns[n-1]
+		f.freeRuns = f.freeRuns[:n-1]
+		return x
+	}
+	return &readRun{}
+}
+
+func (x *readRun) start() {
+	f := x.op.f
+	e := x.e[0]
+	dst := x.dst
+	if x.bounce != nil {
+		dst = x.bounce.Bytes()[:pageSize]
+	}
+	f.readAt(e, dst, x, runVerify, runDone)
+}
+
+// readAt reads the run of pages that begins at e into dst from whichever replica has it.
+func (f *File) readAt(e entry, dst []byte, user any, verify func(*distributor.Read) bool, done func(*distributor.Read)) {
+	b := &f.table.e[e.slot()]
+	rd := f.dist.NewRead()
+	rd.Ref, rd.Off, rd.Data, rd.Set = b.ref, e.page()*pageSize, dst, b.peers
+	rd.User, rd.Verify, rd.Done, rd.Wait = user, verify, done, true
+	rd.Start()
+}
+
+func runVerify(rd *distributor.Read) bool {
+	x := rd.User.(*readRun)
+	for i, e := range x.e {
+		if record.Checksum(rd.Data[i*pageSize:][:pageSize])&0xffffff != e.crc() {
+			return false
+		}
+	}
+	return true
+}
+
+func runDone(rd *distributor.Read) {
+	x := rd.User.(*readRun)
+	err := rd.Err
+	rd.Release()
+	op := x.op
+	f := op.f
+	if err == nil && x.bounce != nil {
+		copy(x.dst, x.bounce.Bytes()[x.in:])
+	}
+	if err != nil {
+		// The block may have been given up since the map was asked: then the map knows better by now.
+		for i, e := range x.e {
+			if now, ok := f.m.get(x.first + uint64(i)); !ok || now != e {
+				op.stale = true
+			}
+		}
+		f.log.Error("read failed", "page", x.first, "pages", len(x.e), "at", x.e[0].String(), "block", f.table.e[x.e[0].slot()].ref.String(), "err", err, "again", op.stale)
+	}
+	if x.bounce != nil {
+		x.bounce.Release()
+	}
+	*x = readRun{e: x.e[:0]}
+	f.freeRuns = append(f.freeRuns, x)
+	op.done(err)
+}
+
+// readNode reads a node of the map.
+func (f *File) readNode(e entry, dst []byte, done func(error)) {
+	f.readAt(e, dst, nil, func(rd *distributor.Read) bool {
+		return record.Checksum(rd.Data)&0xffffff == e.crc()
+	}, func(rd *distributor.Read) {
+		err := rd.Err
+		rd.Release()
+		done(err)
+	})
+}
+
+// contents fills dst with the newest contents of a page, unacknowledged ones included, if they are in memory.
+func (f *File) contents(page uint64, dst []byte) bool {
+	dst = dst[:pageSize]
+	if r := f.building; r != nil && r.contents(page, dst) {
+		return true
+	}
+	for s := f.last; s > f.acked; s-- {
+		if f.rec(s).contents(page, dst) {
+			return true
+		}
+	}
+	if data, _, ok := f.over.get(page); ok {
+		if data != nil {
+			copy(dst, data)
+		} else {
+			clear(dst)
+		}
+		return true
+	}
+	e, ok := f.m.get(page)
+	if !ok || e.kind() == entryData {
+		return false
+	}
+	clear(dst)
+	return true
+}
+
+// contents looks a page up in one record.
+func (r *rec) contents(page uint64, dst []byte) bool {
+	i := len(r.hdr.CRCs)
+	for k := len(r.hdr.Extents) - 1; k >= 0; k-- {
+		x := r.hdr.Extents[k]
+		if x.Kind.HasPages() {
+			i -= int(x.Count)
+		}
+		if page < x.Page || page >= x.Page+uint64(x.Count) {
+			continue
+		}
+		if x.Kind.HasPages() {
+			copy(dst, r.page(i+int(page-x.Page)))
+		} else {
+			clear(dst)
+		}
+		return true
+	}
+	return false
+}
+
+// newest reads the newest contents of a page into dst, from a replica if need be. The page is locked, so that no
+// write can overtake.
+func (f *File) newest(page uint64, dst []byte, done func(error)) {
+	if f.err != nil {
+		done(f.err)
+		return
+	}
+	if f.contents(page, dst) {
+		done(nil)
+		return
+	}
+	e, ok := f.m.get(page)
+	if !ok {
+		f.m.load(page, func(err error) {
+			if err != nil {
+				done(err)
+				return
+			}
+			f.newest(page, dst, done)
+		})
+		return
+	}
+	f.readNode(e, dst, func(err error) {
+		if now, ok := f.m.get(page); err != nil && (!ok || now != e) {
+			f.newest(page, dst, done)
+			return
+		}
+		done(err)
+	})
+}
+
+// status replies what is mapped from r.Off on: at least one extent, as far as it has looked.
+func (f *File) status(r *device.Request) {
+	r.Extents = r.Extents[:0]
+	if r.Len == 0 {
+		r.Finish(device.ErrInvalid)
+		return
+	}
+	end := r.Off + r.Len
+	budget := statusPages
+	for at := r.Off; at < end && budget > 0; {
+		page := at / pageSize
+		var x device.Extent
+		stop := (page + 1) * pageSize
+		if data, kind, ok := f.over.get(page); ok {
+			x.Zero = data == nil
+			x.Hole = data == nil && kind == record.Trim
+			budget--
+		} else if n := f.m.hole(page); n > 0 && len(f.over.pages) == 0 && len(f.over.ranges) == 0 {
+			x.Hole, x.Zero = true, true
+			stop = (page + n) * pageSize
+			budget -= 8
+		} else {
+			e, ok := f.m.get(page)
+			if !ok {
+				if len(r.Extents) > 0 {
+					break // that much is an answer
+				}
+				f.m.load(page, func(err error) {
+					if err == nil {
+						err = f.err
+					}
+					if err != nil {
+						r.Finish(err)
+						return
+					}
+					f.status(r)
+				})
+				return
+			}
+			x.Hole, x.Zero = e.kind() == entryHole, e.kind() != entryData
+			budget--
+		}
+		x.Len = min(stop, end) - at
+		at += x.Len
+		if n := len(r.Extents) - 1; n >= 0 && r.Extents[n].Hole == x.Hole && r.Extents[n].Zero == x.Zero {
+			r.Extents[n].Len += x.Len
+		} else {
+			r.Extents = append(r.Extents, x)
+		}
+	}
+	r.Finish(nil)
+}
+
+var errGone = errors.New("block table entry without placement")
+
+// resolve finds the peers of every block of the table. The rings must be known.
+func (f *File) resolve() error {
+	for i := range f.table.e {
+		e := &f.table.e[i]
+		if !e.used {
+			continue
+		}
+		if e.peers = f.dist.Set(e.ref, f.table.sets[e.set]); len(e.peers) == 0 {
+			return &torus.Error{Op: "attach", Obj: "block " + e.ref.String(), Err: errGone}
+		}
+	}
+	return nil
+}

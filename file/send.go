@@ -1,0 +1,168 @@
+package file
+
+import (
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/device"
+)
+
+// openBlock is a block of the window that holds unflushed records.
+type openBlock struct {
+	ref      torus.BlockRef
+	slot     uint32 // its place in the block table
+	set      torus.PeerList
+	replicas []replica
+	end      uint32 // bytes assigned to records
+	stored   uint32 // bytes that every replica has in memory
+	synced   uint32 // bytes that every replica has made durable
+	dead     bool   // a replica failed: nothing more is sent here, nothing more counts
+	closed   bool   // full
+}
+
+type replica struct{ stored, synced uint32 }
+
+func (b *openBlock) confirm() {
+	b.stored, b.synced = b.replicas[0].stored, b.replicas[0].synced
+	for _, r := range b.replicas[1:] {
+		b.stored, b.synced = min(b.stored, r.stored), min(b.synced, r.synced)
+	}
+}
+
+// appendOp is an append under way at one replica.
+type appendOp struct {
+	req torus.Request
+	f   *File
+	blk *openBlock
+	rep int
+}
+
+func (f *File) newOp() *appendOp {
+	if n := len(f.freeOps); n > 0 {
+		o := f.freeOps[n-1]
+		f.freeOps = f.freeOps[:n-1]
+		return o
+	}
+	o := &appendOp{f: f}
+	o.req.Done = o.done
+	return o
+}
+
+// pump sends what has not been sent, as far as there are blocks to take it.
+func (f *File) pump() {
+	for f.sent < f.last && f.err == nil {
+		r := f.rec(f.sent + 1)
+		if f.blk == nil || f.blk.end+r.size() > f.cfg.BlockSize {
+			if !f.nextBlock() {
+				return
+			}
+		}
+		f.send(r)
+	}
+}
+
+// send puts r at the end of the open block and sends it to every replica at once.
+func (f *File) send(r *rec) {
+	b := f.blk
+	r.blk, r.off = b, b.end
+	b.end += r.size()
+	f.sent = r.seq
+	f.stats.LogBytes += uint64(r.size())
+	r.hdr.Ref, r.hdr.Offset, r.hdr.Flushed = b.ref, r.off, f.flushed
+	r.hdr.Encode(r.mem[:pageSize])
+	for i, p := range b.set {
+		o := f.newOp()
+		o.blk, o.rep = b, i
+		q := &o.req
+		q.Op, q.Ref, q.Epoch, q.Off, q.Len, q.Data, q.Peer = torus.OpAppend, b.ref, f.epoch, r.off, r.size(), r.mem, p
+		f.dist.Submit(p, q)
+		if b.dead {
+			return // the submission failed at once, and the log has rolled
+		}
+	}
+}
+
+// nextBlock makes the next index of the window whose peers are all usable the open block. Indexes passed over are burned.
+// False: there is none now; pump is called again when there may be.
+func (f *File) nextBlock() bool {
+	if f.blk != nil {
+		f.blk.closed = true
+	}
+	for i := f.next; i < f.win.hi(); i++ {
+		ref := torus.BlockRef{Type: torus.TypeBlock, Volume: f.vol, INode: torus.INodeID(f.epoch), Index: torus.IndexID(i)}
+		ps := f.win.placement(i)
+		set := f.dist.Set(ref, ps)
+		if len(set) == 0 || !f.usable(set) {
+			continue
+		}
+		f.next = i + 1
+		f.blk = &openBlock{ref: ref, set: set, replicas: make([]replica, len(set)), slot: f.table.add(ref, ps, set)}
+		f.blocks = append(f.blocks, f.blk)
+		f.setFull(false)
+		f.maybeExtend()
+		return true
+	}
+	// Nothing usable is registered. F1: fewer copies than asked is never a silent success, so wait, or say it is full.
+	healthy, usable := f.dist.Room()
+	f.setFull(usable < f.repl && healthy >= f.repl)
+	f.maybeExtend()
+	return false
+}
+
+func (f *File) usable(set torus.PeerList) bool {
+	for _, p := range set {
+		if !f.dist.Usable(p) {
+			return false
+		}
+	}
+	return true
+}
+
+// setFull: while the cluster has no room for a new block, writes fail with ErrOutOfSpace. Those already
+// made into records fail as well, but stay in the log, since their numbers may be known to some
+// replica: they take effect when there is room again.
+func (f *File) setFull(full bool) {
+	if full == f.full {
+		return
+	}
+	f.full = full
+	if !full {
+		f.log.Info("the cluster has room again")
+		return
+	}
+	f.log.Error("the cluster is out of space: writes fail until peers are added or volumes deleted")
+	f.failUnacked()
+	waiting := f.waiting
+	f.waiting = nil
+	for _, p := range waiting {
+		p.drop().Finish(device.ErrOutOfSpace)
+	}
+}
+
+func (f *File) failUnacked() {
+	for s := f.acked + 1; s <= f.last && f.err == nil; s++ {
+		r := f.rec(s)
+		reqs := r.reqs
+		r.reqs = nil
+		for _, q := range reqs {
+			q.Finish(device.ErrOutOfSpace)
+		}
+	}
+}
+
+// roll gives up every block with unflushed records, because a replica failed; all of them go to the next
+// block again, under their old numbers. What is flushed stays where it is. No MDS, no waiting.
+func (f *File) roll(why error, b *openBlock, peer torus.PeerID) {
+	if f.err != nil {
+		return
+	}
+	f.log.Warn("replica failed, going on in the next block", "block", b.ref.String(), "peer", peer, "err", why, "unflushed", f.last-f.flushed)
+	f.stats.Rolls++
+	for _, x := range f.blocks {
+		x.dead = true
+	}
+	f.blocks, f.blk = nil, nil
+	f.sent, f.held = f.flushed, f.flushed
+	f.syncing = false
+	f.syncGen++
+	// Not at once: the caller may be in the middle of sending, and more replies may be at hand.
+	f.loop.Defer(f.pump)
+}

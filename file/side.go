@@ -1,0 +1,138 @@
+package file
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/buf"
+	"github.com/coreos/torus/loop"
+	"github.com/coreos/torus/models"
+	"github.com/coreos/torus/record"
+)
+
+// A sideWriter appends to blocks of this epoch that no window registers, because nobody will look for them before an
+// INode lists them: metadata, and records that a recovery copies.
+type sideWriter struct {
+	typ  torus.BlockType
+	next uint64 // next index not used
+	blk  *openBlock
+}
+
+// sideRec is a record placed by a sideWriter.
+type sideRec struct {
+	blk *openBlock
+	off uint32
+	b   *buf.Buf
+	hdr record.Header
+	// pages is how many data pages have been filled.
+	pages, maxPages int
+}
+
+func (r *sideRec) mem() []byte { return r.b.Bytes()[:record.HeaderSize+r.pages*pageSize] }
+
+// open finds a block with room for size bytes.
+func (w *sideWriter) open(f *File, size uint32) (*openBlock, error) {
+	if w.blk != nil && !w.blk.dead && w.blk.end+size <= f.cfg.BlockSize {
+		return w.blk, nil
+	}
+	if healthy, usable := f.dist.Room(); usable < f.repl {
+		err := torus.ErrNoPeer
+		if healthy >= f.repl {
+			err = torus.ErrOutOfSpace
+		}
+		return nil, fmt.Errorf("%d usable peers for %d copies: %w", usable, f.repl, err)
+	}
+	ring := f.dist.Ring()
+	ref := torus.BlockRef{Type: w.typ, Volume: f.vol, INode: torus.INodeID(f.epoch), Index: torus.IndexID(w.next)}
+	w.next++
+	perm := ring.GetPeers(ref)
+	ps := &models.PlacementSet{RingVersion: ring.Version(), Replication: uint32(f.repl)}
+	set := perm.Set(f.repl)
+	if !f.usable(set) || len(set) < f.repl {
+		if ps = f.override(perm); ps == nil {
+			return nil, torus.ErrNoPeer
+		}
+		set = f.dist.Set(ref, ps)
+	}
+	w.blk = &openBlock{ref: ref, set: set, replicas: make([]replica, len(set)), slot: f.table.add(ref, ps, set)}
+	return w.blk, nil
+}
+
+// record begins a record with room for the given number of pages, or for as many as possible but at least that.
+func (w *sideWriter) record(f *File, pages int, grow bool) (*sideRec, error) {
+	blk, err := w.open(f, uint32(record.HeaderSize+pages*pageSize))
+	if err != nil {
+		return nil, err
+	}
+	most := pages
+	if grow {
+		most = min(record.MaxPages, int(f.cfg.BlockSize-blk.end)/pageSize-1)
+	}
+	return &sideRec{blk: blk, off: blk.end, b: buf.Get(record.HeaderSize + most*pageSize), maxPages: most}, nil
+}
+
+// close fixes the record's size.
+func (w *sideWriter) close(f *File, r *sideRec) {
+	r.blk.end = r.off + uint32(len(r.mem()))
+	r.hdr.Ref, r.hdr.Offset, r.hdr.Flushed = r.blk.ref, r.off, f.flushed
+	r.hdr.Encode(r.b.Bytes()[:record.HeaderSize])
+	f.table.setLength(r.blk.slot, r.blk.end/pageSize)
+}
+
+// write appends records to all replicas of their blocks and makes them durable there. It returns the
+// first failure, and the blocks are then not to be used further.
+func (f *File) writeSide(t *loop.Task, recs []*sideRec) error {
+	var failed error
+	note := func(r *torus.Request) {
+		if r.Err == nil || failed != nil {
+			return
+		}
+		failed = fmt.Errorf("%v of %v at peer %v: %w", r.Op, r.Ref, r.Peer, r.Err)
+		if errors.Is(r.Err, torus.ErrFenced) {
+			f.fenced(r.Fence)
+		} else if errors.Is(r.Err, torus.ErrOutOfSpace) {
+			f.dist.MarkFull(r.Peer)
+		}
+	}
+	var reqs []*torus.Request
+	var blocks []*openBlock
+	for _, r := range recs {
+		if len(blocks) == 0 || blocks[len(blocks)-1] != r.blk {
+			blocks = append(blocks, r.blk)
+		}
+		for _, p := range r.blk.set {
+			reqs = append(reqs, &torus.Request{
+				Op: torus.OpAppend, Ref: r.blk.ref, Epoch: f.epoch, Off: r.off,
+				Len: uint32(len(r.mem())), Data: r.mem(), Peer: p,
+			})
+		}
+	}
+	f.all(t, reqs, note)
+	if failed == nil {
+		reqs = reqs[:0]
+		for _, b := range blocks {
+			for _, p := range b.set {
+				reqs = append(reqs, &torus.Request{Op: torus.OpSync, Ref: b.ref, Epoch: f.epoch, Len: b.end, Peer: p})
+			}
+		}
+		f.all(t, reqs, note)
+	}
+	if failed != nil {
+		for _, b := range blocks {
+			b.dead = true
+		}
+	}
+	return failed
+}
+
+// all submits requests to their peers and waits for all answers.
+func (f *File) all(t *loop.Task, reqs []*torus.Request, note func(*torus.Request)) {
+	t.All(len(reqs), func(i int, done func()) {
+		reqs[i].Done = func(r *torus.Request) {
+			note(r)
+			done()
+		}
+		f.dist.Submit(reqs[i].Peer, reqs[i])
+	})
+}

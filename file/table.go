@@ -1,0 +1,165 @@
+package file
+
+import (
+	"encoding/binary"
+	"fmt"
+
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/models"
+)
+
+// The block table lists every block the file uses; map entries refer to blocks by their place in it. It is
+// kept in memory whole (some 100 bytes a block, 4 MiB of data each) and written in pages, of which
+// a checkpoint writes those that changed.
+
+const (
+	tableEntrySize = 32
+	tablePageSlots = pageSize / tableEntrySize
+)
+
+// tableEntry is one block the file uses.
+type tableEntry struct {
+	ref    torus.BlockRef
+	used   bool
+	live   uint32 // pages the map (or the tree itself) points to
+	length uint32 // pages that are valid, headers included
+	set    uint16 // index into sets
+	peers  torus.PeerList
+}
+
+type table struct {
+	e     []tableEntry
+	free  []uint32
+	byRef map[torus.BlockRef]uint32
+	dirty []bool           // pages changed since they were last written
+	pages []*models.Extent // where each page was last written
+	sets  []*models.PlacementSet
+	setID map[string]uint16
+	// sum of live and of length over data blocks, pages
+	liveData, lengthAll uint64
+}
+
+func (t *table) init() {
+	t.byRef = map[torus.BlockRef]uint32{}
+	t.setID = map[string]uint16{}
+}
+
+// add lists a block and returns its slot.
+func (t *table) add(ref torus.BlockRef, ps *models.PlacementSet, peers torus.PeerList) uint32 {
+	var slot uint32
+	if n := len(t.free); n > 0 {
+		slot = t.free[n-1]
+		t.free = t.free[:n-1]
+	} else {
+		slot = uint32(len(t.e))
+		t.e = append(t.e, tableEntry{})
+	}
+	t.e[slot] = tableEntry{ref: ref, used: true, set: t.intern(ps), peers: peers}
+	t.byRef[ref] = slot
+	t.touch(slot)
+	return slot
+}
+
+// remove unlists a block. Its slot may be given to another block after the INode without it has been committed: see reuse.
+func (t *table) remove(slot uint32) {
+	e := &t.e[slot]
+	t.lengthAll -= uint64(e.length)
+	delete(t.byRef, e.ref)
+	*e = tableEntry{}
+	t.touch(slot)
+}
+
+func (t *table) reuse(slot uint32) { t.free = append(t.free, slot) }
+
+func (t *table) touch(slot uint32) {
+	p := int(slot / tablePageSlots)
+	for len(t.dirty) <= p {
+		t.dirty = append(t.dirty, false)
+		t.pages = append(t.pages, nil)
+	}
+	t.dirty[p] = true
+}
+
+func (t *table) addLive(slot uint32, n int) {
+	e := &t.e[slot]
+	e.live = uint32(int(e.live) + n)
+	if e.ref.Type == torus.TypeBlock {
+		t.liveData = uint64(int64(t.liveData) + int64(n))
+	}
+	t.touch(slot)
+}
+
+func (t *table) setLength(slot, pages uint32) {
+	e := &t.e[slot]
+	if pages > e.length {
+		t.lengthAll += uint64(pages - e.length)
+		e.length = pages
+		t.touch(slot)
+	}
+}
+
+func (t *table) usage() (live, stored uint64) {
+	return t.liveData * pageSize, t.lengthAll * pageSize
+}
+
+func (t *table) intern(ps *models.PlacementSet) uint16 {
+	key := fmt.Sprintf("%d/%d", ps.RingVersion, ps.Replication)
+	for _, p := range ps.Peers {
+		key += string(p)
+	}
+	id, ok := t.setID[key]
+	if !ok {
+		id = uint16(len(t.sets))
+		t.sets = append(t.sets, ps)
+		t.setID[key] = id
+	}
+	return id
+}
+
+// encodePage writes page p of the table to b.
+func (t *table) encodePage(p int, b []byte) {
+	clear(b[:pageSize])
+	for i := range tablePageSlots {
+		s := p*tablePageSlots + i
+		if s >= len(t.e) || !t.e[s].used {
+			continue
+		}
+		e := &t.e[s]
+		x := b[i*tableEntrySize:]
+		e.ref.AppendTo(x[:0])
+		binary.LittleEndian.PutUint16(x[24:], uint16(e.live))
+		binary.LittleEndian.PutUint16(x[26:], uint16(e.length))
+		binary.LittleEndian.PutUint16(x[28:], e.set)
+		binary.LittleEndian.PutUint16(x[30:], 1)
+	}
+}
+
+// decodePage reads page p of the table.
+func (t *table) decodePage(p int, b []byte) error {
+	for i := range tablePageSlots {
+		s := p*tablePageSlots + i
+		x := b[i*tableEntrySize:]
+		for len(t.e) <= s {
+			t.e = append(t.e, tableEntry{})
+		}
+		if binary.LittleEndian.Uint16(x[30:]) == 0 {
+			continue
+		}
+		e := tableEntry{
+			ref: torus.BlockRefFromBytes(x), used: true,
+			live:   uint32(binary.LittleEndian.Uint16(x[24:])),
+			length: uint32(binary.LittleEndian.Uint16(x[26:])),
+			set:    binary.LittleEndian.Uint16(x[28:]),
+		}
+		if int(e.set) >= len(t.sets) {
+			return fmt.Errorf("block table names placement set %d of %d: %w", e.set, len(t.sets), torus.ErrCorrupt)
+		}
+		t.e[s] = e
+		t.byRef[e.ref] = uint32(s)
+		t.lengthAll += uint64(e.length)
+		if e.ref.Type == torus.TypeBlock {
+			t.liveData += uint64(e.live)
+		}
+	}
+	return nil
+}
