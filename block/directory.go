@@ -1,0 +1,413 @@
+package block
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/blockset"
+	"github.com/coreos/torus/device"
+	"github.com/coreos/torus/distributor"
+	"github.com/coreos/torus/file"
+	"github.com/coreos/torus/loop"
+	"github.com/coreos/torus/models"
+	"google.golang.org/protobuf/proto"
+)
+
+const (
+	leaseTTL   = 10 * time.Second
+	renewEvery = 3 * time.Second
+	mdsTimeout = 5 * time.Second
+)
+
+// Config is what a Directory is made of.
+type Config struct {
+	Loop loop.Loop
+	Dist *distributor.Distributor
+	MDS  torus.MetadataService
+	// Holder describes this process to whoever finds a volume locked.
+	Holder *models.Holder
+	// Force takes volumes over from holders whose lease still lives.
+	Force bool
+	// Only limits the directory to these volumes; empty: all.
+	Only []string
+	// RetainBytes and MapBytes bound the memory of each volume; 0: the defaults of package file.
+	RetainBytes, MapBytes int
+	Log                   *slog.Logger // nil: none
+}
+
+// Directory serves the volumes of a cluster on one loop. It holds the lease under which they are attached.
+type Directory struct {
+	cfg       Config
+	loop      loop.Loop
+	log       *slog.Logger
+	blockSize uint32
+	open      map[string]*opened
+	ctx       context.Context
+	cancel    context.CancelFunc
+	wg        sync.WaitGroup
+
+	mu    sync.Mutex
+	lease torus.LeaseID
+	held  map[torus.VolumeID]uint64 // epochs of the volumes attached here
+}
+
+// opened is a volume in use, or on its way in or out.
+type opened struct {
+	users   int
+	vol     *Volume
+	waiters []func(device.Device, error)
+	closing bool
+	ends    []func() // called when it has been released
+	unwatch context.CancelFunc
+}
+
+var _ device.Directory = (*Directory)(nil)
+
+// NewDirectory takes a lease from the MDS and keeps it alive. It blocks; not to be called on the loop.
+func NewDirectory(ctx context.Context, cfg Config) (*Directory, error) {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	gmd, err := cfg.MDS.GlobalMetadata(ctx)
+	if err != nil {
+		return nil, err
+	}
+	lease, err := cfg.MDS.GrantLease(ctx, leaseTTL)
+	if err != nil {
+		return nil, err
+	}
+	d := &Directory{
+		cfg: cfg, loop: cfg.Loop, log: cfg.Log, blockSize: uint32(gmd.BlockSize),
+		open: map[string]*opened{}, lease: lease, held: map[torus.VolumeID]uint64{},
+	}
+	d.ctx, d.cancel = context.WithCancel(context.Background())
+	d.wg.Go(d.renew)
+	return d, nil
+}
+
+// renew keeps the lease. If it was lost (the MDS away for long, this process frozen) a new one is taken, and what is still
+// attached here is held under that: a lost lease alone ends nothing, only a newer epoch does.
+func (d *Directory) renew() {
+	tick := time.NewTicker(renewEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-d.ctx.Done():
+			return
+		case <-tick.C:
+		}
+		ctx, cancel := context.WithTimeout(d.ctx, mdsTimeout)
+		d.mu.Lock()
+		lease := d.lease
+		d.mu.Unlock()
+		err := d.cfg.MDS.RenewLease(ctx, lease)
+		if errors.Is(err, torus.ErrLeaseNotFound) {
+			d.log.Warn("the lease on attached volumes was lost, taking a new one")
+			if lease, err = d.cfg.MDS.GrantLease(ctx, leaseTTL); err == nil {
+				d.relock(ctx, lease)
+			}
+		}
+		if err != nil && d.ctx.Err() == nil {
+			d.log.Warn("cannot renew the lease on attached volumes; their I/O goes on", "err", err)
+		}
+		cancel()
+	}
+}
+
+func (d *Directory) relock(ctx context.Context, lease torus.LeaseID) {
+	d.mu.Lock()
+	d.lease = lease
+	held := make(map[torus.VolumeID]uint64, len(d.held))
+	for id, epoch := range d.held {
+		held[id] = epoch
+	}
+	d.mu.Unlock()
+	for id, epoch := range held {
+		if err := d.cfg.MDS.Relock(ctx, id, epoch, lease, d.holder(epoch)); err != nil {
+			d.log.Warn("cannot hold an attached volume again", "volume", id, "epoch", epoch, "err", err)
+		}
+	}
+}
+
+func (d *Directory) holder(epoch uint64) *models.Holder {
+	h := proto.CloneOf(d.cfg.Holder)
+	if h == nil {
+		h = &models.Holder{}
+	}
+	h.Epoch = epoch
+	return h
+}
+
+// call runs work, which may block, and then done on the loop.
+func (d *Directory) call(work func(ctx context.Context), done func()) {
+	d.loop.Offload(loop.Func(func() {
+		ctx, cancel := context.WithTimeout(d.ctx, mdsTimeout)
+		defer cancel()
+		work(ctx)
+	}, done))
+}
+
+func (d *Directory) serves(name string) bool {
+	return len(d.cfg.Only) == 0 || slices.Contains(d.cfg.Only, name)
+}
+
+func info(v *models.Volume) device.Info {
+	return device.Info{Name: v.Name, Size: v.SizeBytes, Description: fmt.Sprintf("torus volume %s, id %d, %s", v.Name, v.Id, v.BlockSpec)}
+}
+
+// List names all volumes.
+func (d *Directory) List(done func([]device.Info, error)) {
+	var vols []*models.Volume
+	var err error
+	d.call(func(ctx context.Context) { vols, err = d.cfg.MDS.Volumes(ctx) }, func() {
+		var l []device.Info
+		for _, v := range vols {
+			if d.serves(v.Name) && v.Type == VolumeType {
+				l = append(l, info(v))
+			}
+		}
+		done(l, err)
+	})
+}
+
+// find looks a volume up; the error is device.ErrNotExist if there is none.
+func (d *Directory) find(name string, done func(*models.Volume, error)) {
+	if !d.serves(name) {
+		done(nil, fmt.Errorf("volume %q is not served here: %w", name, device.ErrNotExist))
+		return
+	}
+	var v *models.Volume
+	var err error
+	d.call(func(ctx context.Context) { v, err = d.cfg.MDS.Volume(ctx, name) }, func() {
+		switch {
+		case errors.Is(err, torus.ErrNotExist):
+			err = fmt.Errorf("volume %q: %w", name, device.ErrNotExist)
+		case err == nil && v.Type != VolumeType:
+			err = fmt.Errorf("volume %q is of type %s: %w", name, v.Type, torus.ErrWrongVolumeType)
+		}
+		done(v, err)
+	})
+}
+
+// Stat describes a volume without attaching it.
+func (d *Directory) Stat(name string, done func(device.Info, error)) {
+	if o := d.open[name]; o != nil && o.vol != nil {
+		done(info(o.vol.info), nil)
+		return
+	}
+	d.find(name, func(v *models.Volume, err error) {
+		if err != nil {
+			done(device.Info{}, err)
+			return
+		}
+		done(info(v), nil)
+	})
+}
+
+// Open attaches a volume, or shares it if it is attached here.
+func (d *Directory) Open(name string, done func(device.Device, error)) {
+	if d.ctx.Err() != nil {
+		done(nil, device.ErrShutdown)
+		return
+	}
+	o := d.open[name]
+	switch {
+	case o == nil:
+		o = &opened{waiters: []func(device.Device, error){done}}
+		d.open[name] = o
+		d.attach(name, o)
+	case o.closing:
+		o.ends = append(o.ends, func() { d.Open(name, done) })
+	case o.vol == nil:
+		o.waiters = append(o.waiters, done)
+	case o.vol.f.Err() != nil:
+		done(nil, o.vol.f.Err())
+	default:
+		o.users++
+		done(o.vol, nil)
+	}
+}
+
+func (d *Directory) attach(name string, o *opened) {
+	finish := func(vol *Volume, err error) {
+		waiters := o.waiters
+		o.waiters = nil
+		if err != nil {
+			delete(d.open, name)
+			if errors.Is(err, torus.ErrLocked) {
+				err = fmt.Errorf("%w: %w", device.ErrBusy, err)
+			}
+			for _, w := range waiters {
+				w(nil, err)
+			}
+			return
+		}
+		o.vol = vol
+		o.users = len(waiters)
+		for _, w := range waiters {
+			w(vol, nil)
+		}
+	}
+	d.find(name, func(v *models.Volume, err error) {
+		if err != nil {
+			finish(nil, err)
+			return
+		}
+		spec, err := blockset.Parse(v.BlockSpec)
+		if err != nil {
+			finish(nil, err)
+			return
+		}
+		vol := &Volume{info: v}
+		d.mu.Lock()
+		lease := d.lease
+		d.mu.Unlock()
+		file.Open(file.Config{
+			Loop: d.loop, Dist: d.cfg.Dist, MDS: d.cfg.MDS, Volume: v, BlockSize: d.blockSize, Replication: spec.Replication(),
+			Lease: lease, Holder: d.holder(0), Force: d.cfg.Force,
+			RetainBytes: d.cfg.RetainBytes, MapBytes: d.cfg.MapBytes, Log: d.log,
+			OnFail: func(err error) { d.release(torus.VolumeID(v.Id)) },
+		}, func(f *file.File, err error) {
+			if err != nil {
+				finish(nil, err)
+				return
+			}
+			vol.f = f
+			d.mu.Lock()
+			d.held[torus.VolumeID(v.Id)] = f.Epoch()
+			d.mu.Unlock()
+			d.watch(o, vol)
+			finish(vol, nil)
+		})
+	})
+}
+
+// watch tells the file when somebody else attaches the volume, so that it knows even if it has nothing to write.
+func (d *Directory) watch(o *opened, vol *Volume) {
+	ctx, cancel := context.WithCancel(d.ctx)
+	o.unwatch = cancel
+	d.wg.Go(func() {
+		for ctx.Err() == nil {
+			err := d.cfg.MDS.WatchVolume(ctx, torus.VolumeID(vol.info.Id), func(st torus.VolumeState) {
+				d.loop.Post(func() { vol.f.Observe(st) })
+			})
+			if err != nil && ctx.Err() == nil {
+				d.log.Warn("cannot watch a volume, trying again", "volume", vol.info.Name, "err", err)
+				select {
+				case <-ctx.Done():
+				case <-time.After(time.Second):
+				}
+			}
+		}
+	})
+}
+
+func (d *Directory) release(id torus.VolumeID) {
+	d.mu.Lock()
+	delete(d.held, id)
+	d.mu.Unlock()
+}
+
+// Close ends one use of a volume; the last one detaches it.
+func (d *Directory) Close(name string, dev device.Device) {
+	o := d.open[name]
+	if o == nil || o.vol == nil || o.vol != dev {
+		return
+	}
+	if o.users--; o.users > 0 || o.closing {
+		return
+	}
+	d.detach(name, o, func(error) {})
+}
+
+func (d *Directory) detach(name string, o *opened, done func(error)) {
+	o.closing = true
+	o.unwatch()
+	gone := func(err error) {
+		d.release(torus.VolumeID(o.vol.info.Id))
+		delete(d.open, name)
+		done(err)
+		for _, fn := range o.ends {
+			fn()
+		}
+	}
+	if err := o.vol.f.Err(); err != nil {
+		gone(err)
+		return
+	}
+	o.vol.f.Close(func(err error) {
+		if err != nil {
+			d.log.Error("volume not released in order; the next attach recovers it", "volume", name, "err", err)
+		} else {
+			d.log.Info("volume released", "volume", name)
+		}
+		gone(err)
+	})
+}
+
+// Each calls fn for every attached volume, sorted by name. On the loop.
+func (d *Directory) Each(fn func(*Volume)) {
+	names := make([]string, 0, len(d.open))
+	for name, o := range d.open {
+		if o.vol != nil {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	for _, n := range names {
+		fn(d.open[n].vol)
+	}
+}
+
+// Shutdown detaches everything, whoever uses it, and gives the lease back; done is called on the loop. No
+// Open may follow. Call it on the loop.
+func (d *Directory) Shutdown(done func(error)) {
+	var first error
+	left := 1
+	end := func(err error) {
+		if first == nil {
+			first = err
+		}
+		if left--; left > 0 {
+			return
+		}
+		d.mu.Lock()
+		lease := d.lease
+		d.mu.Unlock()
+		d.call(func(ctx context.Context) {
+			_ = d.cfg.MDS.RevokeLease(ctx, lease) // else it expires
+			d.cancel()
+			d.wg.Wait()
+		}, func() { done(first) })
+	}
+	names := make([]string, 0, len(d.open))
+	for name := range d.open {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		o := d.open[name]
+		left++
+		switch {
+		case o.closing:
+			o.ends = append(o.ends, func() { end(nil) })
+		case o.vol == nil:
+			o.waiters = append(o.waiters, func(dev device.Device, err error) {
+				if err != nil {
+					end(nil)
+					return
+				}
+				d.detach(name, o, end)
+			})
+		default:
+			d.detach(name, o, end)
+		}
+	}
+	end(nil)
+}
