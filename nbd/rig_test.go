@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"log/slog"
 	"testing"
 	"time"
 
@@ -353,3 +354,6 @@ func (r *rig) eventually(what string, cond func() bool) {
 		r.t.Fatalf("%s: not within a minute", what)
 	}
 }
+
+// testLog logs to the test.
+func testLog(t testing.TB) *slog.Logger { return slog.New(slog.NewTextHandler(t.Output(), nil)) }

@@ -16,6 +16,9 @@ import (
 // read straight into a buffer of its own.
 const smallWrite = 16 << 10
 
+// handshakeBytes is how many bytes of replies may be unsent in the handshake; then its input waits.
+const handshakeBytes = 256 << 10
+
 // How often a session that is paused because its client does not take its replies looks whether it did.
 const (
 	firstLook = time.Millisecond
@@ -416,8 +419,11 @@ func (s *session) holds() int {
 }
 
 // full reports whether the session has so much under way, or so many replies unsent, that its input must wait.
-// Once it waits, it waits until half of that is gone.
+// Once it waits, it waits until half of that is gone. A handshake needs little and does not wait for others.
 func (s *session) full() bool {
+	if s.phase < phaseTransmission {
+		return s.st.Queued() >= handshakeBytes
+	}
 	inflight, bytes := s.srv.cfg.MaxInFlight, s.srv.cfg.MaxSessionBytes
 	if s.paused && !s.waiting {
 		inflight, bytes = (inflight+1)/2, (bytes+1)/2
