@@ -69,7 +69,7 @@ func (f *File) acknowledge() {
 		}
 		f.spareReqs = reqs[:0]
 	}
-	if moved && len(f.waiters) > 0 {
+	if moved && (len(f.waiters) > 0 || f.unflushed >= f.cfg.RetainBytes/4) {
 		f.startSync()
 	}
 }

@@ -92,6 +92,7 @@ func attach(t *loop.Task, cfg Config) (*File, error) {
 		cfg: cfg, loop: cfg.Loop, dist: cfg.Dist, log: cfg.Log, vol: torus.VolumeID(cfg.Volume.Id), size: cfg.Volume.SizeBytes,
 		repl: cfg.Replication,
 	}
+	f.sealFn = f.sealDeferred
 	began := f.loop.Now()
 	for f.dist.Ring() == nil || len(f.dist.Ring().Members()) == 0 {
 		cfg.Log.Warn("waiting for the ring to have members")

@@ -118,7 +118,8 @@ type File struct {
 	recs                                      []*rec // ring, by seq & mask
 	applied, flushed, held, sent, last, acked uint64
 	building                                  *rec
-	sealing                                   bool // a Defer to seal the building record is pending
+	sealing                                   bool   // a Defer of sealFn is pending
+	sealFn                                    func() // seals the building record
 	seg                                       *segment
 	retained                                  int // bytes of records above applied
 	unflushed                                 int // … above flushed

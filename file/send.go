@@ -50,7 +50,7 @@ func (f *File) newOp() *appendOp {
 func (f *File) pump() {
 	for f.sent < f.last && f.err == nil {
 		r := f.rec(f.sent + 1)
-		if f.blk == nil || f.blk.end+r.size() > f.cfg.BlockSize {
+		if f.blk == nil || f.blk.closed || f.blk.end+r.size() > f.cfg.BlockSize {
 			if !f.nextBlock() {
 				return
 			}
@@ -90,7 +90,7 @@ func (f *File) nextBlock() bool {
 		ref := torus.BlockRef{Type: torus.TypeBlock, Volume: f.vol, INode: torus.INodeID(f.epoch), Index: torus.IndexID(i)}
 		ps := f.win.placement(i)
 		set := f.dist.Set(ref, ps)
-		if len(set) == 0 || !f.usable(set) {
+		if len(set) < f.repl || !f.usable(set) {
 			continue
 		}
 		f.next = i + 1
@@ -148,21 +148,42 @@ func (f *File) failUnacked() {
 	}
 }
 
-// roll gives up every block with unflushed records, because a replica failed; all of them go to the next
-// block again, under their old numbers. What is flushed stays where it is. No MDS, no waiting.
+// roll gives up block b, because a replica of it failed, and those after it: their unflushed records go to the next block
+// again, under their old numbers. What is flushed stays where it is. No MDS, no waiting.
 func (f *File) roll(why error, b *openBlock, peer torus.PeerID) {
 	if f.err != nil {
 		return
 	}
-	f.log.Warn("replica failed, going on in the next block", "block", b.ref.String(), "peer", peer, "err", why, "unflushed", f.last-f.flushed)
-	f.stats.Rolls++
-	for _, x := range f.blocks {
-		x.dead = true
+	from := f.flushed + 1
+	for from <= f.sent && f.rec(from).blk.ref.Index < b.ref.Index {
+		from++
 	}
-	f.blocks, f.blk = nil, nil
-	f.sent, f.held = f.flushed, f.flushed
+	f.log.Warn("replica failed, going on in the next block", "block", b.ref.String(), "peer", peer, "err", why, "again", f.last+1-from)
+	f.stats.Rolls++
+	n := 0
+	for _, x := range f.blocks {
+		x.closed = true
+		if x.ref.Index < b.ref.Index {
+			f.blocks[n] = x
+			n++
+		} else {
+			x.dead = true
+		}
+	}
+	clear(f.blocks[n:])
+	f.blocks, f.blk = f.blocks[:n], nil
+	f.sent, f.held = min(f.sent, from-1), min(f.held, from-1)
 	f.syncing = false
 	f.syncGen++
 	// Not at once: the caller may be in the middle of sending, and more replies may be at hand.
-	f.loop.Defer(f.pump)
+	f.loop.Defer(f.resend)
+}
+
+func (f *File) resend() {
+	if f.err == nil {
+		f.pump()
+		if len(f.waiters) > 0 {
+			f.startSync()
+		}
+	}
 }

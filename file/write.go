@@ -337,7 +337,7 @@ func (f *File) room(pages int) *rec {
 		f.seal()
 	}
 	most := record.MaxPages
-	if f.blk != nil && f.sent == f.last {
+	if f.blk != nil && !f.blk.closed && f.sent == f.last {
 		// Fill the open block to its end, if what is left is of any use; else the record goes to the next.
 		if left := int(f.cfg.BlockSize-f.blk.end)/pageSize - 1; left >= need {
 			most = min(most, left)
@@ -346,7 +346,7 @@ func (f *File) room(pages int) *rec {
 	f.building = f.newRec(max(need, 1), most)
 	if !f.sealing {
 		f.sealing = true
-		f.loop.Defer(f.sealDeferred)
+		f.loop.Defer(f.sealFn)
 	}
 	return f.building
 }
