@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/pprof"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -72,3 +73,16 @@ func (h *HTTP) Close() error {
 	}
 	return nil
 }
+
+// readiness is what /readyz answers: nil once the process serves.
+type readiness struct{ err atomic.Pointer[error] }
+
+func newReadiness(waitingFor string) *readiness {
+	r := &readiness{}
+	r.set(errors.New(waitingFor))
+	return r
+}
+
+func (r *readiness) set(err error) { r.err.Store(&err) }
+
+func (r *readiness) check() error { return *r.err.Load() }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime"
+	"time"
 
 	"github.com/coreos/torus/loop"
 )
@@ -40,11 +41,17 @@ func (l *eventLoop) call(fn func()) {
 	<-done
 }
 
-// wait is call for what ends later: fn is given a function that ends the wait.
-func (l *eventLoop) wait(fn func(done func())) {
+// waitFor is call for what ends later: fn is given a function that ends the wait. It reports whether that
+// was called in time.
+func (l *eventLoop) waitFor(limit time.Duration, fn func(done func())) bool {
 	done := make(chan struct{})
 	l.Post(func() { fn(func() { close(done) }) })
-	<-done
+	select {
+	case <-done:
+		return true
+	case <-time.After(limit):
+		return false
+	}
 }
 
 // stop ends the loop. Nothing may use it any more.

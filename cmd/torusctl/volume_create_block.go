@@ -7,8 +7,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/coreos/torus"
+	"github.com/coreos/torus/block"
 	"github.com/coreos/torus/cmd/internal/cli"
-	"github.com/coreos/torus/node"
 )
 
 func volumeCreateBlockCommand(c *ctl) *cobra.Command {
@@ -23,7 +23,7 @@ func volumeCreateBlockCommand(c *ctl) *cobra.Command {
 				return err
 			}
 			return c.withMDS(cmd.Context(), func(ctx context.Context, mds torus.MetadataService) error {
-				v, err := node.CreateBlockVolume(ctx, mds, args[0], size, spec)
+				v, err := block.Create(ctx, mds, args[0], size, spec)
 				if err != nil {
 					return volumeError("create", args[0], err)
 				}

@@ -26,7 +26,7 @@ func Run(root *cobra.Command, args ...string) Result {
 }
 
 // RunBad checks that each command line fails with status 1 and one to three lines on standard error, which name the thing
-// and the next step: they contain each of the strings given. Words are separated by blanks; '' is an empty one.
+// and the next step: they contain each of the strings given. Words are separated by blanks; ” is an empty one.
 func RunBad(t *testing.T, root func() *cobra.Command, cases map[string][]string) {
 	t.Helper()
 	for line, want := range cases {
