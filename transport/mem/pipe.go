@@ -197,8 +197,11 @@ func (p *pipe) release() {
 		p.giveUp.Stop()
 		p.giveUp = nil
 	}
-	if len(p.src.queue) > 0 && (p.src.phase == established || p.src.phase == finishing) {
-		p.src.l.Post(p.src.flush)
+	// Not for every byte, or streams would end up in crumbs.
+	s := p.src
+	if len(s.queue) > 0 && !s.flushing && s.phase != gone && p.n.Window-p.inflight >= min(s.queued, p.n.Window/4) {
+		s.flushing = true
+		s.l.Post(s.flush)
 	}
 }
 
