@@ -12,18 +12,41 @@ import (
 type Task struct {
 	l      Loop
 	next   func() (struct{}, bool)
+	stop   func()
 	yield  func(struct{}) bool
 	woken  bool // the wait ended before the task got to yield
 	parked bool
+	index  int // among those of its keeper
 }
+
+// taskKeeper is a loop that ends tasks which would wait for ever: those of simulated processes that were killed.
+type taskKeeper interface {
+	keep(*Task)
+	forget(*Task)
+}
+
+// taskEnded unwinds a task that is ended in a wait.
+type taskEnded struct{}
 
 // Go starts fn as a task on l, at once, and returns when it first waits. Call it on the loop.
 func Go(l Loop, fn func(*Task)) {
 	t := &Task{l: l}
-	t.next, _ = iter.Pull(func(yield func(struct{}) bool) {
+	keeper, _ := l.(taskKeeper)
+	t.next, t.stop = iter.Pull(func(yield func(struct{}) bool) {
 		t.yield = yield
+		defer func() {
+			if keeper != nil {
+				keeper.forget(t)
+			}
+			if p := recover(); p != nil && p != (any)(taskEnded{}) {
+				panic(p)
+			}
+		}()
 		fn(t)
 	})
+	if keeper != nil {
+		keeper.keep(t)
+	}
 	t.next()
 }
 
@@ -46,7 +69,9 @@ func (t *Task) Wait(start func(wake func())) {
 		return
 	}
 	t.parked = true
-	t.yield(struct{}{})
+	if !t.yield(struct{}{}) {
+		panic(taskEnded{})
+	}
 }
 
 // Sleep waits for d.

@@ -21,9 +21,34 @@ type Virtual struct {
 	ready  []*VirtualLoop // those with events, in no particular, but reproducible order
 	world  *VirtualLoop   // runs what At was given
 	events int            // run since time last moved
+	tasks  []*Task        // not finished
+	closed bool
 
 	offloadDelay func(*rand.Rand) time.Duration
 	trace        func(Event)
+}
+
+// Close ends the world: nothing runs any more, and the tasks that still wait, those of killed processes
+// included, are unwound, as each would hold on to its goroutine and to all it refers to. Their deferred functions run.
+func (v *Virtual) Close() {
+	v.closed = true
+	v.timers, v.ready = nil, nil
+	for len(v.tasks) > 0 {
+		v.tasks[len(v.tasks)-1].stop()
+	}
+}
+
+func (l *VirtualLoop) keep(t *Task) {
+	t.index = len(l.v.tasks)
+	l.v.tasks = append(l.v.tasks, t)
+}
+
+func (l *VirtualLoop) forget(t *Task) {
+	last := len(l.v.tasks) - 1
+	moved := l.v.tasks[last]
+	l.v.tasks[t.index], moved.index = moved, t.index
+	l.v.tasks[last] = nil
+	l.v.tasks = l.v.tasks[:last]
 }
 
 // Kind says where an Event came from.
@@ -178,6 +203,8 @@ func (l *VirtualLoop) Name() string { return l.name }
 // Dead reports whether Kill was called.
 func (l *VirtualLoop) Dead() bool { return l.dead }
 
+func (l *VirtualLoop) gone() bool { return l.dead || l.v.closed }
+
 // Kill ends the process the loop stands for, as SIGKILL would: what was posted, deferred, timed or offloaded
 // never runs, and neither does what is asked for later. A callback that kills its own loop runs to its end.
 func (l *VirtualLoop) Kill() {
@@ -235,7 +262,7 @@ func (l *VirtualLoop) turn(e virtualEvent) {
 }
 
 func (l *VirtualLoop) enqueue(e virtualEvent) {
-	if l.dead {
+	if l.gone() {
 		return
 	}
 	if l.queue.len() == 0 {
@@ -246,7 +273,7 @@ func (l *VirtualLoop) enqueue(e virtualEvent) {
 
 func (l *VirtualLoop) after(d time.Duration, kind Kind, fn func()) *Timer {
 	t := &Timer{at: l.v.now + max(d, 0), fn: fn, owner: l, kind: kind, index: timerIdle}
-	if !l.dead {
+	if !l.gone() {
 		l.v.seq++
 		t.seq = l.v.seq
 		l.v.timers.push(t)
@@ -269,7 +296,7 @@ func (l *VirtualLoop) Post(fn func()) { l.enqueue(virtualEvent{kind: KindPost, f
 
 // Defer implements Loop. Called from outside a turn it asks for one.
 func (l *VirtualLoop) Defer(fn func()) {
-	if l.dead {
+	if l.gone() {
 		return
 	}
 	if !l.inTurn && len(l.defers) == 0 {
@@ -283,7 +310,7 @@ func (l *VirtualLoop) After(d time.Duration, fn func()) *Timer { return l.after(
 
 // Offload implements Loop. Work and Done are two events, so a Kill may fall between them.
 func (l *VirtualLoop) Offload(j Job) {
-	if l.dead {
+	if l.gone() {
 		return
 	}
 	if l.running == virtualHelpers {

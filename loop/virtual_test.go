@@ -3,6 +3,7 @@ package loop
 import (
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"testing"
 	"time"
@@ -268,6 +269,74 @@ func TestTaskMany(t *testing.T) {
 	if !v.Run(func() bool { return left == 0 }, time.Minute) {
 		t.Errorf("%d tasks did not finish", left)
 	}
+}
+
+// Close unwinds what waits, finished or killed, and lets no panic of a task go unseen.
+func TestVirtualClose(t *testing.T) {
+	goroutines := runtime.NumGoroutine()
+	v := NewVirtual(1)
+	alive, killed := v.NewLoop("alive"), v.NewLoop("killed")
+	unwound := 0
+	for i := range 30 {
+		l := alive
+		if i%2 == 0 {
+			l = killed
+		}
+		Go(l, func(t *Task) {
+			defer func() {
+				unwound++
+				t.Sleep(time.Second) // a wait while being unwound ends, too
+			}()
+			t.Sleep(time.Duration(i) * time.Millisecond)
+			for {
+				t.Sleep(time.Hour)
+			}
+		})
+	}
+	Go(alive, func(t *Task) { t.Sleep(0) })
+	v.RunFor(time.Millisecond)
+	killed.Kill()
+	v.RunFor(time.Second)
+	if unwound != 0 || len(v.tasks) != 30 {
+		t.Errorf("%d unwound early, %d tasks", unwound, len(v.tasks))
+	}
+	v.Close()
+	v.Close()
+	alive.Post(func() { t.Error("ran after Close") })
+	alive.After(0, func() { t.Error("ran after Close") }).Stop()
+	v.RunFor(time.Hour)
+	if unwound != 30 {
+		t.Errorf("%d of 30 tasks were unwound", unwound)
+	}
+	if n := runtime.NumGoroutine(); n > goroutines {
+		t.Errorf("%d goroutines, %d before", n, goroutines)
+	}
+
+	defer func() {
+		if p := recover(); p != "mine" {
+			t.Errorf("recovered %v, want the task's panic", p)
+		}
+	}()
+	w := NewVirtual(1)
+	Go(w.NewLoop("l"), func(t *Task) { t.Sleep(1); panic("mine") })
+	w.RunFor(time.Second)
+}
+
+func BenchmarkVirtual(b *testing.B) {
+	b.ReportAllocs()
+	v := NewVirtual(1)
+	left := b.N
+	for i := range 10 {
+		l := v.NewLoop(fmt.Sprint(i))
+		var again func()
+		again = func() {
+			if left--; left > 0 {
+				l.Post(again)
+			}
+		}
+		l.Post(again)
+	}
+	v.Run(nil, 0)
 }
 
 // The heap gives timers back in order, whatever is removed from its middle.
