@@ -146,12 +146,28 @@ func socket(family int) (int, error) {
 	return fd, nil
 }
 
+// local reports whether the address is of this machine or of a private network.
+func local(sa unix.Sockaddr) bool {
+	var ip netip.Addr
+	switch sa := sa.(type) {
+	case *unix.SockaddrInet4:
+		ip = netip.AddrFrom4(sa.Addr)
+	case *unix.SockaddrInet6:
+		ip = netip.AddrFrom16(sa.Addr).Unmap()
+	}
+	return ip.IsLoopback() || ip.IsPrivate() || ip.IsLinkLocalUnicast()
+}
+
 // tune sets what every TCP connection wants. It is best effort: without, it is slower or dies later.
 func tune(fd int, sa unix.Sockaddr) {
 	if family(sa) == unix.AF_UNIX {
 		return
 	}
 	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) // we gather ourselves
+	if cc, err := unix.GetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION); err == nil && cc == "bbr" && local(sa) {
+		// BBR's pacing timers cost a third of the CPU of large transfers, for nothing on a local network.
+		unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, "cubic")
+	}
 	// A peer that vanished without a word is noticed within a minute even by protocols without pings.
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
 	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 30)
