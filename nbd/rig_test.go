@@ -99,7 +99,7 @@ func (f *fakeStream) deliver() {
 			continue
 		}
 		n := min(len(f.pending), f.split)
-		f.in = append(append([]byte(nil), f.in...), f.pending[:n]...)
+		f.in = append(f.in, f.pending[:n]...)
 		f.pending = f.pending[n:]
 		if len(f.in) > 0 && len(f.in) >= f.need {
 			given := append([]byte(nil), f.in...) // to be overwritten when Data returns
