@@ -32,10 +32,13 @@ const (
 	OpScan Op = 7
 	// OpDelete (mutating) drops the block. A block that is not there is a success.
 	OpDelete Op = 8
-	// OpList replies the tails of all blocks of Ref.Volume (every volume if 0) greater than Ref
-	// in (type, volume, INode, index) order, Len at most.
+	// OpList replies the tails of all blocks of Ref.Volume (every volume if 0, or if Off is ListEveryVolume) greater
+	// than Ref in (type, volume, INode, index) order, Len at most.
 	OpList Op = 9
 )
+
+// ListEveryVolume as the Off of an OpList walks all volumes, page by page: Ref is then only where to go on from.
+const ListEveryVolume = 1
 
 func (o Op) String() string {
 	names := [...]string{1: "Ping", "Append", "Sync", "Fence", "Seal", "Read", "Scan", "Delete", "List"}

@@ -1,0 +1,175 @@
+package storage
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/buf"
+	"github.com/coreos/torus/record"
+	"github.com/coreos/torus/vfs"
+)
+
+// checkAppend verifies what can be seen without the block: that Data is a run of whole records made for just this place
+// within the block. It returns the highest Flushed among them.
+func checkAppend(r *torus.Request, blockSize uint64, h *record.Header) (flushed uint64, err error) {
+	n := uint64(len(r.Data))
+	if n == 0 || n%torus.PageSize != 0 || r.Off%torus.PageSize != 0 {
+		return 0, fmt.Errorf("append of %d bytes at %d to %v: not whole pages: %w", n, r.Off, r.Ref, torus.ErrInvalid)
+	}
+	if uint64(r.Off)+n > blockSize {
+		return 0, fmt.Errorf("append of %d bytes at %d to %v: beyond the block's %d bytes: %w", n, r.Off, r.Ref, blockSize, torus.ErrInvalid)
+	}
+	for at := 0; at < len(r.Data); {
+		size, err := record.Check(r.Ref, r.Off+uint32(at), r.Data[at:], h)
+		if err != nil {
+			return 0, fmt.Errorf("append at %d to %v: %w", r.Off, r.Ref, err)
+		}
+		flushed = max(flushed, h.Flushed)
+		at += size
+	}
+	return flushed, nil
+}
+
+// append verifies and writes, inline: to the page cache. False if there is no slot yet.
+func (d *Disk) append(r *torus.Request) bool {
+	s, found := d.index.find(keyOf(r.Ref))
+	var length uint32
+	var err error
+	if found {
+		x := &d.slots[s]
+		length = x.length
+		switch {
+		case x.state != open:
+			err = torus.ErrSealed
+		case d.opens[x.open].failed || d.opens[x.open].unread:
+			err = fmt.Errorf("append to %v, of which bytes were lost: %w", r.Ref, torus.ErrIO)
+		}
+	}
+	switch {
+	case err != nil:
+	case d.failed:
+		err = fmt.Errorf("append to %v: the disk failed before: %w", r.Ref, torus.ErrIO)
+	case r.Off > length:
+		err = torus.ErrGap
+	}
+	var flushed uint64
+	if err == nil {
+		flushed, err = checkAppend(r, d.id.BlockSize, &d.hdr)
+	}
+	if err != nil {
+		d.refuse(r, err)
+		return true
+	}
+
+	data := r.Data
+	if r.Off < length {
+		// Sent again. The very same bytes are a success, others never (D2).
+		again := data[:min(len(data), int(length-r.Off))]
+		same, err := d.holds(s, r.Off, again)
+		switch {
+		case err == vfs.ErrWouldBlock && len(again) == len(data):
+			d.offloadRead(r, s)
+			return true
+		case err == vfs.ErrWouldBlock:
+			// The rest has to be appended right after, so this is not for a helper: a fence that came meanwhile would not see it.
+			same, err = d.holdsSlowly(s, r.Off, again)
+		}
+		if err == nil && !same {
+			err = errDiffers(r)
+		}
+		if err != nil {
+			d.refuse(r, err)
+			return true
+		}
+		if data = data[len(again):]; len(data) == 0 {
+			r.Length = length
+			r.Finish(nil)
+			return true
+		}
+	}
+
+	if !found {
+		var wait bool
+		if s, wait, err = d.allocate(); wait {
+			return false
+		}
+		if err != nil {
+			d.refuse(r, err)
+			return true
+		}
+	}
+	f, place := d.place(s)
+	if _, err = f.f.WriteAt(data, place+int64(length)); err == nil && !found {
+		d.slots[s].key, d.slots[s].state = keyOf(r.Ref), open
+		err = d.writeEntry(s)
+	}
+	if err != nil {
+		if !found {
+			d.giveBack(s)
+		}
+		// What was written is beyond the block's length and so as if it were not there. But unless it is only space that is
+		// missing, nothing can be said any more of what was written before.
+		if errors.Is(err, vfs.ErrNoSpace) {
+			err = fmt.Errorf("append to %v: %w (%w)", r.Ref, torus.ErrOutOfSpace, err)
+		} else {
+			d.fail(f, err)
+			err = f.err
+		}
+		d.refuse(r, err)
+		return true
+	}
+	if !found {
+		d.newOpen(s)
+		d.index.insert(s)
+	}
+	x := &d.slots[s]
+	o := &d.opens[x.open]
+	x.length += uint32(len(data))
+	o.flushed = max(o.flushed, flushed)
+	if !o.dirty {
+		o.dirty = true
+		f.sync.dirty = append(f.sync.dirty, s)
+	}
+	f.sync.bytes += len(data)
+	d.metrics.writes.Inc()
+	r.Length = x.length
+	r.Finish(nil)
+	return true
+}
+
+func errDiffers(r *torus.Request) error {
+	return fmt.Errorf("append at %d to %v: other bytes are there already: %w", r.Off, r.Ref, torus.ErrInvalid)
+}
+
+// holds reports whether b is what the block holds at off; vfs.ErrWouldBlock if that is not in memory.
+func (d *Disk) holds(s uint32, off uint32, b []byte) (bool, error) {
+	f, place := d.place(s)
+	have := buf.Get(len(b))
+	defer have.Release()
+	_, err := f.f.ReadAtCached(have.Bytes()[:len(b)], place+int64(off))
+	if err != nil {
+		if errors.Is(err, vfs.ErrWouldBlock) {
+			return false, vfs.ErrWouldBlock
+		}
+		return false, ioError("read", d.slots[s].key.ref(), err)
+	}
+	return bytes.Equal(have.Bytes()[:len(b)], b), nil
+}
+
+func (d *Disk) holdsSlowly(s uint32, off uint32, b []byte) (bool, error) {
+	f, place := d.place(s)
+	same, err := compare(f.f, place+int64(off), b)
+	if err != nil {
+		err = ioError("read", d.slots[s].key.ref(), err)
+	}
+	return same, err
+}
+
+func compare(f vfs.File, off int64, b []byte) (bool, error) {
+	have := buf.Get(len(b))
+	defer have.Release()
+	_, err := f.ReadAt(have.Bytes()[:len(b)], off)
+	return err == nil && bytes.Equal(have.Bytes()[:len(b)], b), err
+}
