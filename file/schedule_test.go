@@ -73,11 +73,15 @@ func schedule(t *testing.T, seed uint64) {
 		default:
 			w.kill()
 		}
-		for _, p := range r.peers {
-			p.full, p.drop = false, nil
-			if !p.up {
+		// One peer may be away while the attach decides, and comes back later: what is promised must be elsewhere, too.
+		away := r.rng.IntN(2 * len(r.peers))
+		for i, p := range r.peers {
+			if !p.up && i != away {
 				p.restart()
 			}
+		}
+		if away < len(r.peers) && r.peers[away].up {
+			r.peers[away].crash(r.rng.IntN(2) == 0)
 		}
 		old := w.client
 		w.client = r.attach(tune)
@@ -103,8 +107,9 @@ func schedule(t *testing.T, seed uint64) {
 			old.kill()
 		}
 		h.Decide(n)
-		// What was decided stays decided: write over everything that the prefix leaves open to doubt is not needed, since later
-		// images are checked against the same history.
+		if away < len(r.peers) {
+			r.peers[away].restart()
+		}
 	}
 }
 
