@@ -4,6 +4,7 @@
 package record
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
@@ -166,12 +167,16 @@ func (h *Header) Decode(b []byte) error {
 	return nil
 }
 
-var zero4 [4]byte
+var (
+	zero4    [4]byte
+	zeroPage [HeaderSize]byte
+)
 
 // Used is the length of the used part of an encoded header that Decode has accepted.
 func Used(b []byte) int { return int(binary.LittleEndian.Uint16(b[offUsed:])) }
 
-// Check verifies the record of block ref that begins at byte off of it and at b[0]: its header, that
+// Check verifies the record of block ref that begins at byte off of it and at b[0]: its header, the zeroes after
+// it (a torn write may have left something else there, and what is sent again must find the very same bytes), that
 // it belongs just there, and each data page. It fills h and returns the record's size. The error wraps
 // torus.ErrCorrupt, also where b ends too soon.
 func Check(ref torus.BlockRef, off uint32, b []byte, h *Header) (int, error) {
@@ -180,6 +185,9 @@ func Check(ref torus.BlockRef, off uint32, b []byte, h *Header) (int, error) {
 	}
 	if err := h.Decode(b[:HeaderSize]); err != nil {
 		return 0, err
+	}
+	if used := Used(b); !bytes.Equal(b[used:HeaderSize], zeroPage[used:]) {
+		return 0, fmt.Errorf("record header followed by something: %w", torus.ErrCorrupt)
 	}
 	if h.Ref != ref || h.Offset != off {
 		return 0, fmt.Errorf("record of %v at %d found in %v at %d: %w", h.Ref, h.Offset, ref, off, torus.ErrCorrupt)

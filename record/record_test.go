@@ -82,16 +82,12 @@ func TestGolden(t *testing.T) {
 	}
 }
 
-// Any single flipped bit of what counts is found (D2).
+// Any single flipped bit is found (D2).
 func TestEveryFlippedBitIsFound(t *testing.T) {
 	h := golden["data.v1"]
 	b := build(&h, 1)
-	used := Used(b)
 	var got Header
 	for i := range b {
-		if i >= used && i < HeaderSize {
-			continue // padding
-		}
 		if i >= HeaderSize && i%97 != 0 {
 			continue // pages: a sample
 		}
