@@ -29,6 +29,7 @@ func RunFrontend(ctx context.Context, cfg FrontendConfig, use func(context.Conte
 	}
 	ReserveProcs(1)
 	registry := NewRegistry()
+	RegisterMetadata(registry)
 	ready := newReadiness("waiting for etcd")
 	var stops stack
 	defer func() { err = errors.Join(err, stops.run()) }()

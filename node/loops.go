@@ -4,16 +4,9 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime"
-	"time"
 
 	"github.com/coreos/torus/loop"
 )
-
-// eventLoop is a loop that runs on a goroutine of its own.
-type eventLoop struct {
-	*loop.Epoll
-	done chan error
-}
 
 // ReserveProcs lets the Go scheduler use enough processors for a process with n loops: each may keep one busy while
 // it sleeps in the kernel, and what helps them needs others.
@@ -21,18 +14,32 @@ func ReserveProcs(n int) {
 	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), n+2))
 }
 
-func startLoop(log *slog.Logger) (*eventLoop, error) {
+// eventLoop is a loop and, from start on, the goroutine it runs on.
+type eventLoop struct {
+	*loop.Epoll
+	done chan error // nil before start
+}
+
+func newLoop(log *slog.Logger) (*eventLoop, error) {
 	e, err := loop.NewEpoll(log)
 	if err != nil {
 		return nil, err
 	}
-	l := &eventLoop{Epoll: e, done: make(chan error, 1)}
-	go func() { l.done <- e.Run() }()
-	return l, nil
+	return &eventLoop{Epoll: e}, nil
+}
+
+// start runs the loop. What belongs to it may be touched by its callbacks only, from now on.
+func (l *eventLoop) start() {
+	l.done = make(chan error, 1)
+	go func() { l.done <- l.Run() }()
 }
 
 // call runs fn on the loop and waits for it.
 func (l *eventLoop) call(fn func()) {
+	if l.done == nil {
+		fn()
+		return
+	}
 	done := make(chan struct{})
 	l.Post(func() {
 		fn()
@@ -41,23 +48,13 @@ func (l *eventLoop) call(fn func()) {
 	<-done
 }
 
-// waitFor is call for what ends later: fn is given a function that ends the wait. It reports whether that
-// was called in time.
-func (l *eventLoop) waitFor(limit time.Duration, fn func(done func())) bool {
-	done := make(chan struct{})
-	l.Post(func() { fn(func() { close(done) }) })
-	select {
-	case <-done:
-		return true
-	case <-time.After(limit):
-		return false
-	}
-}
-
 // stop ends the loop. Nothing may use it any more.
 func (l *eventLoop) stop() error {
-	l.Stop()
-	err := <-l.done
+	var err error
+	if l.done != nil {
+		l.Stop()
+		err = <-l.done
+	}
 	if cerr := l.Close(); err == nil {
 		err = cerr
 	}

@@ -27,11 +27,11 @@ func firstRing(replication int) (torus.Ring, error) {
 	return ring.NewEmpty(1, replication)
 }
 
-// CurrentRing reads the ring. A cluster made without one has an empty ring of version 0.
+// CurrentRing reads the ring. For a cluster made without one it is what the first would be.
 func CurrentRing(ctx context.Context, mds torus.MetadataService) (torus.Ring, error) {
 	b, err := mds.Ring(ctx)
 	if errors.Is(err, torus.ErrNotExist) {
-		return ring.NewEmpty(0, defaultReplication)
+		return firstRing(0)
 	}
 	if err != nil {
 		return nil, err
@@ -43,8 +43,35 @@ func CurrentRing(ctx context.Context, mds torus.MetadataService) (torus.Ring, er
 	return r, nil
 }
 
+// ensureRing gives a cluster that was made without a ring its first one.
+func ensureRing(ctx context.Context, mds torus.MetadataService) error {
+	_, err := mds.Ring(ctx)
+	if !errors.Is(err, torus.ErrNotExist) {
+		return err
+	}
+	first, err := firstRing(0)
+	if err == nil {
+		err = setRing(ctx, mds, first)
+	}
+	if errors.Is(err, torus.ErrNonSequentialRing) { // somebody else made it
+		return nil
+	}
+	return err
+}
+
+func setRing(ctx context.Context, mds torus.MetadataService, r torus.Ring) error {
+	stored, err := r.Marshal()
+	if err != nil {
+		return err
+	}
+	return mds.SetRing(ctx, r.Version(), stored)
+}
+
 // changeRing publishes what plan makes of the present ring; when somebody else was faster, of theirs.
 func changeRing(ctx context.Context, mds torus.MetadataService, plan func(torus.Ring) (torus.Ring, error)) (torus.Ring, error) {
+	if err := ensureRing(ctx, mds); err != nil {
+		return nil, err
+	}
 	for range ringAttempts {
 		old, err := CurrentRing(ctx, mds)
 		if err != nil {
@@ -57,11 +84,7 @@ func changeRing(ctx context.Context, mds torus.MetadataService, plan func(torus.
 		if err != nil {
 			return nil, err
 		}
-		stored, err := next.Marshal()
-		if err != nil {
-			return nil, err
-		}
-		err = mds.SetRing(ctx, next.Version(), stored)
+		err = setRing(ctx, mds, next)
 		if !errors.Is(err, torus.ErrNonSequentialRing) {
 			return next, err
 		}

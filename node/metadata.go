@@ -10,8 +10,11 @@ import (
 	"strings"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/blockset"
+	"github.com/coreos/torus/metadata/etcd"
 )
 
 // DefaultBlockSpec is the block spec of clusters that are made without one.
@@ -110,13 +113,24 @@ func (e Etcd) Wipe(ctx context.Context) error {
 	return torus.WipeMDS(ctx, string(torus.MetadataEtcd), e.config(ctx))
 }
 
-// Explain names the etcd that did not answer, if that is what err says.
+// Explain says what to do if err is that etcd did not answer.
 func (e Etcd) Explain(err error) error {
-	if errors.Is(err, torus.ErrMetadataUnavailable) {
-		return &torus.Error{Op: "reach", Obj: "etcd at " + e.String(), Err: err,
-			Hint: "check that etcd is running there, or give another address with -C HOST:2379"}
+	if !errors.Is(err, torus.ErrMetadataUnavailable) {
+		return err
 	}
-	return err
+	return &torus.Error{Op: "reach", Obj: "etcd at " + e.String(), Err: cause(err),
+		Hint: "check that etcd is running there, or give another address with -C (--etcd) HOST:2379"}
+}
+
+// cause strips an error of what was attempted on what, and of hints.
+func cause(err error) error {
+	for {
+		var e *torus.Error
+		if !errors.As(err, &e) {
+			return err
+		}
+		err = e.Err
+	}
 }
 
 // Copies is how many copies of its blocks a volume with that spec keeps, in a ring with that replication.
@@ -127,3 +141,6 @@ func Copies(spec string, ringReplication int) int {
 	return max(ringReplication, 1)
 }
 
+// RegisterMetadata makes the metadata services known to package torus. metrics, which may be nil, gets what their
+// clients count.
+func RegisterMetadata(metrics prometheus.Registerer) { etcd.Register(metrics) }

@@ -67,7 +67,7 @@ func StartVolumes(ctx context.Context, cfg VolumesConfig) (_ *Volumes, err error
 			v.stops.run() //nolint:errcheck // the first error is the one that matters
 		}
 	}()
-	if v.loop, err = startLoop(cfg.Log); err != nil {
+	if v.loop, err = newLoop(cfg.Log); err != nil {
 		return nil, err
 	}
 	v.stops.push(v.loop.stop)
@@ -80,6 +80,7 @@ func StartVolumes(ctx context.Context, cfg VolumesConfig) (_ *Volumes, err error
 		v.loop.call(dist.Close)
 		return nil
 	})
+	v.loop.start()
 	following, cancel := context.WithCancel(context.Background())
 	wait := distributor.Follow(following, cfg.MDS, v.loop.Epoll, dist, ring.Decode, cfg.Log)
 	v.stops.push(func() error {
@@ -113,7 +114,11 @@ func (v *Volumes) Addr() string { return v.addr }
 func (v *Volumes) Close() error { return v.stops.run() }
 
 func (v *Volumes) disconnect() error {
-	if !v.loop.waitFor(shutdownTimeout, func(done func()) { v.srv.Shutdown(done) }) {
+	done := make(chan struct{})
+	v.loop.Post(func() { v.srv.Shutdown(func() { close(done) }) })
+	select {
+	case <-done:
+	case <-time.After(shutdownTimeout):
 		v.log.Error("clients' requests were not answered in time", "timeout", shutdownTimeout)
 	}
 	return nil

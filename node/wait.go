@@ -36,7 +36,7 @@ func (e Etcd) WaitConnect(ctx context.Context, limit time.Duration, log *slog.Lo
 			return nil, err
 		}
 		if first {
-			log.Warn("etcd does not answer, trying again", "etcd", e.String(), "for", limit, "err", err)
+			log.Warn("etcd does not answer, trying again", "etcd", e.String(), "for", limit, "err", cause(err))
 		}
 		select {
 		case <-time.After(retryEvery):
@@ -46,8 +46,7 @@ func (e Etcd) WaitConnect(ctx context.Context, limit time.Duration, log *slog.Lo
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		return nil, &torus.Error{Op: "reach", Obj: "etcd at " + e.String(), Err: fmt.Errorf("no answer for %v: %w", limit, err),
-			Hint: "check that etcd is running there, or give another address with --etcd HOST:2379"}
+		return nil, e.Explain(fmt.Errorf("no answer for %v: %w", limit, cause(err)))
 	}
 }
 
@@ -66,7 +65,7 @@ func WaitInit(ctx context.Context, mds torus.MetadataService, log *slog.Logger) 
 		case errors.Is(err, torus.ErrNoGlobalMetadata), errors.Is(err, torus.ErrMetadataUnavailable):
 			if time.Since(reminded) >= remindEvery {
 				reminded = time.Now()
-				log.Info("waiting until the cluster is initialised: run `torusctl init`", "err", err)
+				log.Info("waiting until the cluster is initialised: run `torusctl init`", "reason", cause(err))
 			}
 		default:
 			return global, err

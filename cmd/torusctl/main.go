@@ -4,6 +4,8 @@ package main
 
 import (
 	"context"
+	"log/slog"
+	"os"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -57,6 +59,9 @@ func (c *ctl) withEtcd(ctx context.Context, fn func(context.Context, node.Etcd) 
 	where, err := c.etcd.Resolve()
 	if err != nil {
 		return err
+	}
+	if c.debug {
+		where.Log = cli.NewLogger(os.Stderr, slog.LevelDebug)
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()

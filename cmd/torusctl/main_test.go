@@ -67,7 +67,7 @@ func TestNoEtcd(t *testing.T) {
 	} {
 		// Port 1 is tcpmux: nobody listens there.
 		r := clitest.Run(rootCommand(), append(args, "-C", "127.0.0.1:1", "--timeout", "300ms")...)
-		r.CheckFailure(t, "127.0.0.1:1", "etcd is running", "-C HOST:2379")
+		r.CheckFailure(t, "127.0.0.1:1", "etcd is running", "-C (--etcd) HOST:2379")
 	}
 }
 

@@ -115,7 +115,8 @@ func statusTable(s statusJSON, flat bool) cli.Table {
 	if flat {
 		return cli.Table{Columns: columns, Rows: [][]any{values}}
 	}
-	t := cli.Table{Columns: []string{"cluster", s.ClusterID}, Rows: [][]any{
+	t := cli.Table{Rows: [][]any{
+		{"cluster", s.ClusterID},
 		{"status", s.Status},
 		{"block size", cli.Bytes(s.BlockSizeBytes)},
 		{"block spec", s.DefaultBlockSpec},

@@ -44,7 +44,8 @@ func volumeDetails(d volumeJSON) cli.Table {
 	if d.Checkpoint != nil {
 		checkpoint = *d.Checkpoint
 	}
-	return cli.Table{Columns: []string{"volume", d.Name}, Rows: [][]any{
+	return cli.Table{Rows: [][]any{
+		{"name", d.Name},
 		{"id", d.ID},
 		{"type", d.Type},
 		{"size", cli.Bytes(d.SizeBytes)},

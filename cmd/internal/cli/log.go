@@ -5,11 +5,15 @@ import (
 	"log/slog"
 )
 
-// NewLogger returns a logger that writes text to w: everything if debug, else what an operator should see.
-func NewLogger(w io.Writer, debug bool) *slog.Logger {
-	level := slog.LevelInfo
-	if debug {
-		level = slog.LevelDebug
-	}
+// NewLogger returns a logger that writes text to w, from level on.
+func NewLogger(w io.Writer, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
+}
+
+// LogLevel is what a daemon logs: all that an operator should see, or with --debug everything.
+func LogLevel(debug bool) slog.Level {
+	if debug {
+		return slog.LevelDebug
+	}
+	return slog.LevelInfo
 }

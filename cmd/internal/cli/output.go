@@ -45,8 +45,8 @@ type Bytes uint64
 
 // Table is a result for people and for csv. Columns are named as in JSON.
 type Table struct {
-	Columns []string
-	Rows    [][]any // string, bool, integers, Bytes, time.Time (zero: never), map[string]string
+	Columns []string // for people only: none if the rows are names with their values
+	Rows    [][]any  // string, bool, integers, Bytes, time.Time (zero: never), map[string]string
 }
 
 // Print writes v as JSON, or t.
@@ -75,11 +75,13 @@ func (o *Output) Print(w io.Writer, v any, t Table) error {
 		return c.Error()
 	}
 	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	head := make([]string, len(t.Columns))
-	for i, c := range t.Columns {
-		head[i] = strings.ToUpper(strings.ReplaceAll(strings.TrimSuffix(c, "_bytes"), "_", " "))
+	if len(t.Columns) > 0 {
+		head := make([]string, len(t.Columns))
+		for i, c := range t.Columns {
+			head[i] = strings.ToUpper(strings.ReplaceAll(strings.ReplaceAll(c, "_bytes", ""), "_", " "))
+		}
+		fmt.Fprintln(tw, strings.Join(head, "\t"))
 	}
-	fmt.Fprintln(tw, strings.Join(head, "\t"))
 	for _, row := range t.Rows {
 		fmt.Fprintln(tw, strings.Join(o.cells(row, false), "\t"))
 	}

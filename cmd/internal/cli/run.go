@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/coreos/torus"
+	"github.com/coreos/torus/node"
 )
 
 // maxErrorLines is how long an error on standard error may be.
@@ -32,6 +33,7 @@ func Run(root *cobra.Command, args []string, stdout, stderr io.Writer) int {
 	defer stop()
 	context.AfterFunc(ctx, stop) // gives the second signal its default meaning
 
+	node.RegisterMetadata(nil)
 	prepare(root)
 	root.SetArgs(args)
 	root.SetOut(stdout)
@@ -68,8 +70,6 @@ func hint(err error) string {
 	switch {
 	case errors.As(err, &e) && e.Hint != "":
 		return ""
-	case errors.Is(err, torus.ErrMetadataUnavailable):
-		return "check that etcd is running, and give its address with -C HOST:2379"
 	case errors.Is(err, torus.ErrNonSequentialRing), errors.Is(err, torus.ErrCompareFailed):
 		return "look at the present state and try again"
 	}

@@ -1,0 +1,99 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"time"
+)
+
+// DaemonConfig is what torusd runs.
+type DaemonConfig struct {
+	Etcd      Etcd
+	EtcdWait  time.Duration // how long to wait for etcd at the start
+	EmbedEtcd bool          // run etcd in this process, at the first of the endpoints
+	Peer      PeerConfig    // MDS, Global, Log and Registerer are filled in
+	NBD       string        // [HOST]:PORT or unix:PATH to serve volumes at; empty: do not
+	CacheSize uint64        // bytes, of the maps of those volumes
+	HTTP      string        // [HOST]:PORT; empty: none
+	Log       *slog.Logger
+}
+
+// RunDaemon runs a peer, and what it is asked to run beside it, until ctx ends; then it stops in order.
+func RunDaemon(ctx context.Context, cfg DaemonConfig) (err error) {
+	log := cfg.Log
+	if _, _, err := parsePeerAddress(cfg.Peer.Address); err != nil {
+		return err
+	}
+	if cfg.NBD != "" {
+		if _, err := listenAddress("--nbd", cfg.NBD); err != nil {
+			return err
+		}
+	}
+	ReserveProcs(2)
+	registry := NewRegistry()
+	RegisterMetadata(registry)
+	ready := newReadiness("waiting for etcd")
+	var stops stack
+	defer func() { err = errors.Join(err, stops.run()) }()
+
+	dir, err := openDataDir(cfg.Peer.DataDir)
+	if err != nil {
+		return err
+	}
+	stops.push(dir.close)
+	if cfg.HTTP != "" {
+		h, err := ServeHTTP(cfg.HTTP, registry, ready.check, log)
+		if err != nil {
+			return err
+		}
+		stops.push(h.Close)
+	}
+	cfg.Etcd.Log = log
+	var etcdFailed <-chan error
+	if cfg.EmbedEtcd {
+		server, where, err := startEtcd(ctx, cfg.Etcd, dir.path("etcd"), log)
+		if err != nil {
+			return err
+		}
+		stops.push(server.Close)
+		cfg.Etcd, etcdFailed = where, server.Err()
+	}
+	mds, err := cfg.Etcd.WaitConnect(ctx, cfg.EtcdWait, log)
+	if err != nil {
+		return err
+	}
+	stops.push(mds.Close)
+	ready.set(errors.New("waiting for the cluster to be initialised"))
+	global, err := WaitInit(ctx, mds, log)
+	if err != nil {
+		return err
+	}
+	ready.set(errors.New("starting"))
+
+	cfg.Peer.MDS, cfg.Peer.Global, cfg.Peer.Log, cfg.Peer.Registerer = mds, global, log, registry
+	peer, err := startPeer(ctx, dir, cfg.Peer)
+	if err != nil {
+		return err
+	}
+	stops.push(peer.Close)
+	if cfg.NBD != "" {
+		volumes, err := StartVolumes(ctx, VolumesConfig{
+			MDS: mds, Global: global, Listen: cfg.NBD, Flag: "--nbd", What: "torusd", CacheSize: cfg.CacheSize, Log: log,
+			Registerer: registry,
+		})
+		if err != nil {
+			return err
+		}
+		stops.push(volumes.Close)
+	}
+	ready.set(nil)
+	log.Info("serving", "peer", peer.ID(), "address", peer.Address(), "cluster", global.ClusterID)
+	select {
+	case <-ctx.Done():
+	case err = <-etcdFailed:
+	}
+	log.Info("stopping")
+	ready.set(errors.New("stopping"))
+	return err
+}
