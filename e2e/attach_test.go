@@ -1,0 +1,187 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/coreos/torus/e2e/nbdclient"
+)
+
+// torusblk is killed in mid-write and the volume attached again, by another torusblk or the same: what was flushed is
+// there (D1), what was acknowledged too, as the peers live (W1), and the whole is a prefix of what was written (C1).
+func TestWriterKilled(t *testing.T) {
+	c := sharedCluster(t)
+	volume := c.newVolume(t, "1GiB")
+	forced, plain := c.newBlk(t, "--force"), c.newBlk(t)
+	w := newStamper(3, 100, 8192, 32)
+	b := forced
+	conn := dial(t, b.export(volume), startLimit)
+	var slowest, waited time.Duration
+	lost, n := uint64(0), rounds(t, 50)
+	for i := range n {
+		stop := w.start(conn)
+		time.Sleep(time.Duration(100+i*37%400) * time.Millisecond)
+		b.kill()
+		killed := time.Now()
+		stop() //nolint:errcheck // its server was killed
+		w.mustBeRight(t)
+		conn.Close()
+		last, acked, flushed := w.counts()
+		b.serve(t)
+		if i%12 == 5 {
+			// Without --force the attach has to wait for the lease of the one that was killed, and no longer.
+			b = plain
+			if !plain.alive() {
+				plain.serve(t)
+			}
+			conn = dial(t, b.export(volume), leaseTime+5*time.Second)
+			waited = max(waited, time.Since(killed))
+		} else {
+			b = forced
+			began := time.Now()
+			conn = dial(t, b.export(volume), startLimit)
+			slowest = max(slowest, time.Since(began))
+		}
+		w.settle(t, conn, true)
+		now, _, _ := w.counts()
+		lost += last - now
+		t.Logf("round %d: %d writes, %d acknowledged, %d flushed; %d after the attach", i+1, last, acked, flushed, now)
+		if t.Failed() {
+			return
+		}
+	}
+	conn.Close()
+	t.Logf("ATTACH %d kills: at most %v with --force, %v from the kill without; %d unacknowledged writes lost in all",
+		n, slowest.Round(time.Millisecond), waited.Round(time.Millisecond), lost)
+}
+
+// What an attach has decided stays decided: attached again and again, with nothing written, the volume reads the same (C1).
+func TestOutcomeSticks(t *testing.T) {
+	c := sharedCluster(t)
+	volume := c.newVolume(t, "256MiB")
+	b := c.newBlk(t, "--force")
+	w := newStamper(5, 0, 4096, 32)
+	conn := dial(t, b.export(volume), startLimit)
+	stop := w.start(conn)
+	time.Sleep(500 * time.Millisecond)
+	b.kill()
+	stop() //nolint:errcheck // its server was killed
+	conn.Close()
+	for i := range 3 {
+		// A peer less each time: it must not depend on who answers.
+		p := c.peers[i]
+		b.serve(t)
+		conn = dial(t, b.export(volume), startLimit)
+		if i == 0 {
+			w.settle(t, conn, true)
+		} else {
+			w.mustEqual(t, conn)
+		}
+		b.kill()
+		conn.Close()
+		p.kill()
+		b.serve(t)
+		conn = dial(t, b.export(volume), startLimit)
+		w.mustEqual(t, conn)
+		b.kill()
+		conn.Close()
+		p.start(t)
+		c.waitHealthy(t, startLimit)
+	}
+}
+
+// L1: a writer that was frozen past its lease, while the volume was attached and written elsewhere, lands no byte when it
+// wakes; its client gets errors within 2 s, and its log names the epoch that took over.
+func TestFrozenWriter(t *testing.T) {
+	const knows = 2 * time.Second
+	c := sharedCluster(t)
+	for round, how := range []string{"lease", "force"} {
+		volume := c.newVolume(t, "256MiB")
+		old := c.newBlk(t)
+		w := newStamper(uint64(21+round), 0, 8192, 32)
+		conn := dial(t, old.export(volume), startLimit)
+		stop := w.start(conn)
+		time.Sleep(500 * time.Millisecond)
+		old.freeze()
+		frozen := time.Now()
+		epoch := c.volume(t, volume).Epoch
+
+		flags := []string{}
+		if how == "force" {
+			flags = []string{"--force"}
+		}
+		next := c.newBlk(t, flags...)
+		if how == "lease" {
+			// It is refused while the lease lives, by an error that says who has it.
+			_, err := next.export(volume).Dial(t.Context())
+			var refused *nbdclient.Refused
+			if !errors.As(err, &refused) || !strings.Contains(refused.Message, "locked") && !strings.Contains(refused.Message, "attached") {
+				t.Errorf("attach while the lease lives: %v", err)
+			}
+		}
+		second := dial(t, next.export(volume), leaseTime+5*time.Second)
+		t.Logf("attached elsewhere (%s) %v after the first froze", how, time.Since(frozen).Round(time.Millisecond))
+		// The old writer's requests are still under way, so where its history ends is looked at, and not decided.
+		_, acked, _ := w.counts()
+		img, err := w.image(second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.mu.Lock()
+		n, err := w.check(img, acked)
+		w.mu.Unlock()
+		if err != nil {
+			t.Fatal(err)
+		}
+		// What is written from now on has another seed: nothing of the old writer can pass for it.
+		w2 := newStamper(uint64(31+round), 0, 8192, 16)
+		w2.overwriteAll(t, second)
+		w2.runFor(t, second, 300*time.Millisecond)
+		w2.flush(t, second)
+		now := c.volume(t, volume)
+		if now.Epoch <= epoch {
+			t.Errorf("epoch %d after %d", now.Epoch, epoch)
+		}
+
+		mark := old.mark()
+		woken := time.Now()
+		old.thaw()
+		eventually(t, knows, "the old writer's client gets an error", func() error {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			if w.err == nil {
+				return errNotYet
+			}
+			return nil
+		})
+		stop() //nolint:errcheck // that it failed is known
+		w.mu.Lock()
+		t.Logf("FENCED (%s): the image was write %d; the old writer's client had %v %v after it woke", how, n, w.err, w.failed.Sub(woken).Round(time.Millisecond))
+		if d := w.failed.Sub(woken); d > knows {
+			t.Errorf("the old writer's client learned of it after %v", d)
+		}
+		w.mu.Unlock()
+		for _, try := range []func(c *nbdclient.Conn) error{
+			func(c *nbdclient.Conn) error { return c.WriteAt(make([]byte, pageSize), 0, 0) },
+			(*nbdclient.Conn).Flush,
+			func(c *nbdclient.Conn) error { return c.WriteAt(make([]byte, pageSize), 0, nbdclient.FUA) },
+		} {
+			began := time.Now()
+			if err := try(conn); err == nil {
+				t.Error("L1: the old writer's client was told of a success")
+			}
+			if took := time.Since(began); took > knows {
+				t.Errorf("an error after %v", took)
+			}
+		}
+		old.waitPrinted(t, mark, knows, fmt.Sprintf(`fenced.*epoch %d`, now.Epoch))
+		w2.mustEqual(t, second) // not a byte of the old one
+		w2.runFor(t, second, 300*time.Millisecond)
+		w2.mustEqual(t, second)
+		conn.Close()
+		second.Close()
+	}
+}

@@ -1,0 +1,82 @@
+package e2e
+
+import (
+	"errors"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/coreos/torus/e2e/nbdclient"
+)
+
+// etcd is not on the path of a read, write or flush: with it away for 30 s under load nothing fails and nobody waits for
+// more than a second; when it is back, checkpoints, leases and peers are as before.
+
+func TestEtcdStopped(t *testing.T) {
+	testEtcdAway(t, (*process).freeze, (*process).thaw)
+}
+
+func TestEtcdKilled(t *testing.T) {
+	testEtcdAway(t, (*process).kill, func(p *process) {
+		if err := p.tryStart(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func testEtcdAway(t *testing.T, away, back func(*process)) {
+	const gone, limit = 30 * time.Second, time.Second
+	c := sharedCluster(t)
+	volume := c.newVolume(t, "1GiB")
+	b := c.newBlk(t)
+	s := startStream(t, b.export(volume), 0, 2048, time.Millisecond)
+	load := startFio(t, b.export(volume), "256m", "32m", "4m,4m")
+	time.Sleep(5 * time.Second) // the window grows with the load
+	t.Logf("before: %v", s.look())
+
+	away(c.etcd)
+	time.Sleep(gone)
+	out := s.look()
+	back(c.etcd)
+	returned := time.Now()
+	t.Logf("STALL etcd away for %v: %v", gone, out)
+	if out.max() > limit {
+		t.Errorf("etcd away stalled I/O for %v, more than %v", out.max(), limit)
+	}
+	if out.writes == 0 || out.reads == 0 {
+		t.Errorf("nothing went on: %v", out)
+	}
+	c.waitEtcd(t)
+	healthy := c.waitHealthy(t, 30*time.Second)
+	took := eventually(t, 45*time.Second, "a checkpoint is made", func() error {
+		if v := c.volume(t, volume); v.Checkpoint == nil || v.Checkpoint.Before(returned) {
+			return errNotYet
+		}
+		return nil
+	})
+	t.Logf("all peers healthy after %v, a checkpoint after %v more", healthy.Round(time.Millisecond), took.Round(time.Millisecond))
+	time.Sleep(time.Second)
+	after := s.look()
+	t.Logf("since then: %v", after)
+	if after.max() > limit {
+		t.Errorf("the return of etcd stalled I/O for %v, more than %v", after.max(), limit)
+	}
+	// The volume is still locked by who uses it.
+	if v := c.volume(t, volume); v.AttachedTo == "" {
+		t.Errorf("the volume is %s, attached to nobody", v.Status)
+	}
+	other := c.newBlk(t)
+	var refused *nbdclient.Refused
+	if _, err := other.export(volume).Dial(t.Context()); !errors.As(err, &refused) {
+		t.Errorf("attach elsewhere, not forced: %v", err)
+	}
+	if err := s.end(); err != nil {
+		t.Errorf("I/O error: %v", err)
+	}
+	load.stop()
+	t.Logf("%d runs of fio verified", load.runs.Load())
+	if b, err := os.ReadFile(b.log); err == nil && strings.Contains(string(b), "panic") {
+		t.Error("torusblk panicked")
+	}
+}

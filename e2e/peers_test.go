@@ -1,0 +1,214 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/coreos/torus/e2e/nbdclient"
+)
+
+// fioLoad runs fio with verification over a region of an export, again and again, until stop is called.
+type fioLoad struct {
+	runs   atomic.Int64
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+	once   sync.Once
+	slow   atomic.Int64 // the slowest request that fio saw, nanoseconds
+}
+
+func startFio(t *testing.T, a nbdclient.Address, offset, size, rate string) *fioLoad {
+	t.Helper()
+	f := &fioLoad{}
+	ctx, cancel := context.WithCancel(context.Background())
+	f.cancel = cancel
+	stopped := make(chan struct{})
+	f.wg.Go(func() {
+		for n := 0; ; n++ {
+			select {
+			case <-stopped:
+				return
+			default:
+			}
+			out, err := try(ctx, "fio", "--name=load", "--ioengine=nbd", "--uri="+a.URI(), "--rw=randrw", "--bs=4k", "--iodepth=16",
+				"--offset="+offset, "--size="+size, "--rate="+rate, fmt.Sprintf("--randseed=%d", n+1), "--verify=crc32c", "--verify_fatal=1",
+				"--verify_backlog=512", "--output-format=json")
+			if ctx.Err() != nil {
+				return
+			}
+			if err != nil {
+				t.Errorf("fio: %v", err)
+				return
+			}
+			f.slow.Store(max(f.slow.Load(), int64(slowest(t, out))))
+			f.runs.Add(1)
+		}
+	})
+	t.Cleanup(func() { cancel(); f.wg.Wait() })
+	f.cancel = sync.OnceFunc(func() { close(stopped) })
+	return f
+}
+
+// stop lets the present run of fio, whose verification counts, end.
+func (f *fioLoad) stop() {
+	f.once.Do(f.cancel)
+	f.wg.Wait()
+}
+
+// slowest is the longest that any request took, by fio's own account; any error it counted fails the test.
+func slowest(t *testing.T, out string) time.Duration {
+	t.Helper()
+	type side struct {
+		Clat struct{ Max float64 } `json:"clat_ns"`
+	}
+	var r struct {
+		Jobs []struct {
+			Error       int
+			TotalErr    int `json:"total_err"`
+			Read, Write side
+		}
+	}
+	if err := json.Unmarshal([]byte(out), &r); err != nil || len(r.Jobs) == 0 {
+		t.Errorf("fio's output: %v\n%s", err, clip(out))
+		return 0
+	}
+	j := r.Jobs[0]
+	if j.Error != 0 || j.TotalErr != 0 {
+		t.Errorf("fio counted error %d, %d in all", j.Error, j.TotalErr)
+	}
+	return time.Duration(max(j.Read.Clat.Max, j.Write.Clat.Max))
+}
+
+// One peer at a time is killed, or stopped and woken, under fio with verification: no error, no wrong byte (D1, W1), and nobody
+// waits longer than a second for a peer that is gone, three for one that is silent.
+func TestPeerLoss(t *testing.T) {
+	c := sharedCluster(t)
+	volume := c.newVolume(t, "1GiB")
+	b := c.newBlk(t)
+	fill := dial(t, b.export(volume), startLimit)
+	w := newStamper(7, 0, 4096, 16) // what lies on all peers, to be compared at the end
+	w.runFor(t, fill, time.Second)
+	w.flush(t, fill)
+
+	load := startFio(t, b.export(volume), "256m", "48m", "8m,8m")
+	s := startStream(t, b.export(volume), 32<<8, 1024, time.Millisecond)
+	time.Sleep(time.Second)
+	quiet := s.look()
+	t.Logf("before: %v", quiet)
+
+	for _, fault := range []struct {
+		name  string
+		limit time.Duration
+		hurt  func(p *process)
+		mend  func(p *process)
+	}{
+		{"killed", time.Second, (*process).kill, func(p *process) { p.start(t) }},
+		{"stopped", 3 * time.Second, (*process).freeze, (*process).thaw},
+	} {
+		var worst stall
+		for i := range rounds(t, 10) {
+			p := c.peers[i%3]
+			s.look()
+			fault.hurt(p)
+			time.Sleep(2500 * time.Millisecond)
+			down := s.look()
+			fault.mend(p)
+			healthy := c.waitHealthy(t, 30*time.Second)
+			time.Sleep(time.Second)
+			back := s.look()
+			t.Logf("%s %s: %v; back: longest %v, healthy after %v", p.name, fault.name, down, back.max().Round(time.Millisecond), healthy.Round(time.Millisecond))
+			if down.writes == 0 || down.reads == 0 {
+				t.Errorf("%s %s: nothing went on: %v", p.name, fault.name, down)
+			}
+			worst.write, worst.read = max(worst.write, down.write, back.write), max(worst.read, down.read, back.read)
+			if !s.running(nil) || t.Failed() {
+				break
+			}
+		}
+		t.Logf("STALL peer %s: writes and flushes %v, reads %v (limit %v)", fault.name, worst.write.Round(time.Millisecond), worst.read.Round(time.Millisecond), fault.limit)
+		if worst.max() > fault.limit {
+			t.Errorf("a %s peer stalled I/O for %v, more than %v", fault.name, worst.max(), fault.limit)
+		}
+	}
+	if err := s.end(); err != nil {
+		t.Errorf("I/O error: %v", err)
+	}
+	load.stop()
+	t.Logf("%d runs of fio verified, slowest request %v", load.runs.Load(), time.Duration(load.slow.Load()).Round(time.Millisecond))
+	if load.runs.Load() == 0 {
+		t.Error("no run of fio was finished")
+	}
+	w.mustEqual(t, fill)
+}
+
+// With every peer killed, no flush and no write is acknowledged; when they are back, nothing that was is lost (D1, W1:
+// the page caches survive), and I/O resumes by itself. Then the client dies too, and the next attach serves the same.
+func TestAllPeersKilled(t *testing.T) {
+	c := sharedCluster(t)
+	volume := c.newVolume(t, "1GiB")
+	b := c.newBlk(t)
+	conn := dial(t, b.export(volume), startLimit)
+	w := newStamper(11, 0, 8192, 16)
+	for round := range rounds(t, 3) {
+		stop := w.start(conn)
+		time.Sleep(500 * time.Millisecond)
+		var wg sync.WaitGroup
+		for _, p := range c.peers {
+			wg.Go(p.kill)
+		}
+		wg.Wait()
+		// What was on its way when the last one died may still arrive; after that, silence.
+		time.Sleep(300 * time.Millisecond)
+		_, acked, flushed := w.counts()
+		time.Sleep(2 * time.Second)
+		if _, a, f := w.counts(); a != acked || f != flushed {
+			t.Errorf("F1: with all peers dead, acknowledged %d → %d, flushed %d → %d", acked, a, flushed, f)
+		}
+		if w.err != nil {
+			t.Errorf("I/O error: %v", w.err)
+		}
+		began := time.Now()
+		for _, p := range c.peers {
+			p.start(t)
+		}
+		resumed := eventually(t, 30*time.Second, "I/O resumes", func() error {
+			if _, a, f := w.counts(); a == acked || f == flushed {
+				return errNotYet
+			}
+			return nil
+		})
+		t.Logf("round %d: I/O resumed %v after the peers were started", round+1, resumed.Round(time.Millisecond))
+		if limit := 10 * time.Second; resumed > limit {
+			t.Errorf("I/O resumed after %v, not %v", time.Since(began), limit)
+		}
+		time.Sleep(300 * time.Millisecond)
+		if err := stop(); err != nil {
+			t.Fatalf("I/O error: %v", err)
+		}
+		w.mustBeRight(t)
+		w.flush(t, conn)
+		w.mustEqual(t, conn)
+	}
+	// And with the client dead as well.
+	stop := w.start(conn)
+	time.Sleep(500 * time.Millisecond)
+	for _, p := range c.peers {
+		p.kill()
+	}
+	b.kill()
+	stop() //nolint:errcheck // its server was killed
+	conn.Close()
+	for _, p := range c.peers {
+		p.start(t)
+	}
+	b = c.newBlk(t, "--force")
+	conn = dial(t, b.export(volume), startLimit)
+	defer conn.Close()
+	w.settle(t, conn, true)
+	w.runFor(t, conn, 200*time.Millisecond)
+	w.mustEqual(t, conn)
+}

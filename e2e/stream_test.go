@@ -1,0 +1,187 @@
+package e2e
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/coreos/torus/e2e/nbdclient"
+	"github.com/coreos/torus/sim"
+)
+
+// stream is what a user of the volume would notice of a fault: one client that writes and flushes, and one that reads,
+// each one request after the other without a pause, and the longest time either waited between two completions.
+type stream struct {
+	conns [2]*nbdclient.Conn
+	first uint64 // of the region, in pages
+	pages uint64
+	seed  uint64
+	pace  time.Duration // between a write and the next
+
+	quit chan struct{}
+	wg   sync.WaitGroup
+
+	mu     sync.Mutex
+	paths  [2]path
+	newest []uint64
+	err    error
+}
+
+// path is one of the two: writes and flushes, or reads.
+type path struct {
+	last time.Time // of the last completion
+	gap  time.Duration
+	done int
+}
+
+// stall is what a stream saw between two looks.
+type stall struct {
+	write, read   time.Duration // the longest gap
+	writes, reads int
+}
+
+func (s stall) max() time.Duration { return max(s.write, s.read) }
+
+func (s stall) String() string {
+	return fmt.Sprintf("longest stall of writes and flushes %v (%d done), of reads %v (%d done)",
+		s.write.Round(time.Millisecond), s.writes, s.read.Round(time.Millisecond), s.reads)
+}
+
+// startStream begins on a region of pages of an export. It ends with the test, at the latest.
+func startStream(t *testing.T, a nbdclient.Address, first, pages uint64, pace time.Duration) *stream {
+	t.Helper()
+	s := &stream{first: first, pages: pages, seed: 0x57 + first, pace: pace, quit: make(chan struct{}), newest: make([]uint64, pages)}
+	for i := range s.conns {
+		s.conns[i] = dial(t, a, startLimit)
+	}
+	now := time.Now()
+	s.paths[0].last, s.paths[1].last = now, now
+	s.wg.Go(s.write)
+	s.wg.Go(s.read)
+	t.Cleanup(func() {
+		for _, c := range s.conns {
+			c.Close()
+		}
+		s.end() //nolint:errcheck // who wants to know has called it before
+	})
+	return s
+}
+
+// end stops it and returns the first error.
+func (s *stream) end() error {
+	s.mu.Lock()
+	select {
+	case <-s.quit:
+	default:
+		close(s.quit)
+	}
+	s.mu.Unlock()
+	s.wg.Wait()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.err
+}
+
+// look returns what was seen since the last look, a gap that has not ended yet included.
+func (s *stream) look() stall {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := time.Now()
+	var out [2]path
+	for i := range s.paths {
+		p := &s.paths[i]
+		out[i] = path{gap: max(p.gap, now.Sub(p.last)), done: p.done}
+		p.gap, p.done = 0, 0
+	}
+	return stall{out[0].gap, out[1].gap, out[0].done, out[1].done}
+}
+
+func (s *stream) completed(i int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := &s.paths[i]
+	now := time.Now()
+	p.gap = max(p.gap, now.Sub(p.last))
+	p.last = now
+	p.done++
+}
+
+func (s *stream) running(err error) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err == nil {
+		s.err = err
+	}
+	select {
+	case <-s.quit:
+		return false
+	default:
+		return s.err == nil
+	}
+}
+
+func (s *stream) write() {
+	c := s.conns[0]
+	rng := rand.New(rand.NewPCG(s.seed, 1))
+	b := make([]byte, pageSize)
+	for n := uint64(1); s.running(nil); n++ {
+		at := rng.Uint64N(s.pages)
+		s.mu.Lock()
+		s.newest[at] = reserved
+		s.mu.Unlock()
+		sim.Stamp(b, s.seed, s.first+at, n)
+		err := c.WriteAt(b, (s.first+at)*pageSize, 0)
+		if err == nil {
+			s.mu.Lock()
+			s.newest[at] = n
+			s.mu.Unlock()
+			s.completed(0)
+			err = c.Flush()
+		}
+		if !s.running(err) {
+			return
+		}
+		s.completed(0)
+		if s.pace > 0 {
+			time.Sleep(s.pace)
+		}
+	}
+}
+
+// reserved marks a page that is being written: the reader leaves it alone.
+const reserved = ^uint64(0)
+
+func (s *stream) read() {
+	c := s.conns[1]
+	rng := rand.New(rand.NewPCG(s.seed, 2))
+	b := make([]byte, pageSize)
+	for s.running(nil) {
+		at := rng.Uint64N(s.pages)
+		s.mu.Lock()
+		before := s.newest[at]
+		s.mu.Unlock()
+		if before == reserved {
+			continue
+		}
+		err := c.ReadAt(b, (s.first+at)*pageSize)
+		if err == nil {
+			s.completed(1)
+			var n uint64
+			n, err = sim.ReadStamp(b, s.seed, s.first+at)
+			s.mu.Lock()
+			after := s.newest[at]
+			s.mu.Unlock()
+			if err == nil && n != before && after == before {
+				err = fmt.Errorf("page %d holds write %d, not %d", s.first+at, n, before)
+			}
+		}
+		if !s.running(err) {
+			return
+		}
+		if s.pace > 0 {
+			time.Sleep(s.pace)
+		}
+	}
+}
