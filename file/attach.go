@@ -94,9 +94,12 @@ func attach(t *loop.Task, cfg Config) (*File, error) {
 	}
 	f.sealFn = f.sealDeferred
 	began := f.loop.Now()
-	for f.dist.Ring() == nil || len(f.dist.Ring().Members()) == 0 {
-		cfg.Log.Warn("waiting for the ring to have members")
-		t.Sleep(time.Second)
+	for warn := began + time.Second; f.dist.Ring() == nil || len(f.dist.Ring().Members()) == 0; {
+		if f.loop.Now() >= warn {
+			warn = f.loop.Now() + 5*time.Second
+			f.log.Warn("attach waits for the ring to have members; see `torusctl peer add`")
+		}
+		t.Sleep(20 * time.Millisecond)
 	}
 	if f.repl == 0 {
 		f.repl = f.dist.Ring().Replication()
@@ -149,6 +152,7 @@ func (a *recovery) run() error {
 	f.table.init()
 	f.m.init(f.size, f.cfg.MapBytes, f.readNode)
 	f.meta.typ = torus.TypeINode
+	defer f.dist.Watch(a.happened)()
 	if err := a.window(); err != nil {
 		return err
 	}
@@ -166,11 +170,15 @@ func (a *recovery) run() error {
 		return err
 	}
 	f.applied, f.flushed, f.held, f.sent, f.last, f.acked = a.seqUpTo, a.seqUpTo, a.seqUpTo, a.seqUpTo, a.seqUpTo, a.seqUpTo
-	for {
-		if healthy, _ := f.dist.Room(); healthy >= f.repl {
+	for warn := f.loop.Now() + time.Second; ; {
+		healthy, _ := f.dist.Room()
+		if healthy >= f.repl {
 			break
 		}
-		f.log.Warn("waiting for enough healthy peers", "need", f.repl)
+		if f.loop.Now() >= warn {
+			warn = f.loop.Now() + 5*time.Second
+			f.log.Warn("attach waits for peers", "healthy", healthy, "need", f.repl)
+		}
 		a.wait(time.Second)
 	}
 	if err := a.copies(); err != nil { // step 5
@@ -268,8 +276,6 @@ func (a *recovery) fence() error {
 		return nil
 	}
 	lo, hi := a.blocks[0].ref.Index, a.blocks[len(a.blocks)-1].ref.Index+1
-	stop := f.dist.Watch(a.happened)
-	defer stop()
 	var fencedBy uint64
 	var covered time.Duration = -1
 	warn := f.loop.Now() + time.Second
