@@ -82,7 +82,7 @@ func ownCluster(t *testing.T) *cluster {
 // startCluster starts an etcd and three peers, and waits until torusctl says that all is well.
 func startCluster(t *testing.T, dir string) *cluster {
 	t.Helper()
-	c := &cluster{dir: dir, torusctl: binary(t, "torusctl")}
+	c := &cluster{dir: dir, torusctl: program(t, "torusctl")}
 	ok := false
 	defer func() {
 		if !ok {
@@ -118,7 +118,7 @@ func (c *cluster) startEtcd(t *testing.T) {
 	c.etcdURL = freePort(t)
 	peer := "http://" + freePort(t)
 	client := "http://" + c.etcdURL
-	c.etcd = newProcess(c.dir, "etcd", binary(t, "etcd"), "--name", "e", "--data-dir", filepath.Join(c.dir, "etcd"),
+	c.etcd = newProcess(c.dir, "etcd", program(t, "etcd"), "--name", "e", "--data-dir", filepath.Join(c.dir, "etcd"),
 		"--listen-client-urls", client, "--advertise-client-urls", client, "--listen-peer-urls", peer,
 		"--initial-advertise-peer-urls", peer, "--initial-cluster", "e="+peer, "--log-level", "warn")
 	c.etcd.start(t)
@@ -150,7 +150,7 @@ func (c *cluster) peerDir(name string) string { return filepath.Join(c.dir, name
 
 func (c *cluster) newPeer(t *testing.T, name string) *process {
 	t.Helper()
-	return newProcess(c.dir, name, binary(t, "torusd"), "--etcd", c.etcdURL, "--data-dir", c.peerDir(name), "--size", peerSize,
+	return newProcess(c.dir, name, program(t, "torusd"), "--etcd", c.etcdURL, "--data-dir", c.peerDir(name), "--size", peerSize,
 		"--peer-address", "tdp://"+freePort(t), "--label", "host="+name)
 }
 
@@ -276,7 +276,7 @@ func (c *cluster) newBlk(t *testing.T, flags ...string) *blk {
 	t.Helper()
 	name := fmt.Sprintf("blk%d", len(c.blks)+1)
 	b := &blk{socket: filepath.Join(c.dir, name+".sock")}
-	args := append([]string{binary(t, "torusblk"), "-C", c.etcdURL}, flags...)
+	args := append([]string{program(t, "torusblk"), "-C", c.etcdURL}, flags...)
 	b.process = newProcess(c.dir, name, append(args, "nbdserve", "-l", "unix:"+b.socket)...)
 	c.blks = append(c.blks, b)
 	b.serve(t)

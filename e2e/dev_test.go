@@ -16,7 +16,7 @@ func TestDev(t *testing.T) {
 	const serving = 5 * time.Second
 	dir := tempDir(t)
 	a := nbdclient.TCP(freePort(t), "demo")
-	p := newProcess(dir, "torusd-dev", binary(t, "torusd"), "dev", "--data-dir", filepath.Join(dir, "data"), "--nbd", a.Addr)
+	p := newProcess(dir, "torusd-dev", program(t, "torusd"), "dev", "--data-dir", filepath.Join(dir, "data"), "--nbd", a.Addr)
 	logOnFailure(t, func() []*process { return []*process{p} })
 	t.Cleanup(p.kill)
 	up := func(what string) *nbdclient.Conn {

@@ -76,8 +76,8 @@ var binaries = sync.OnceValues(func() (string, error) {
 	return dir, nil
 })
 
-// binary is the path of one of the programs.
-func binary(t testing.TB, name string) string {
+// program is the path of one of the programs.
+func program(t testing.TB, name string) string {
 	t.Helper()
 	dir, err := binaries()
 	if err != nil {
