@@ -18,24 +18,25 @@ import (
 	"github.com/coreos/torus/vfs"
 )
 
-// slowStore is a store whose changes take effect a random time after they were submitted, as when they wait for a slot; the
-// requests to one block keep their order.
+// slowStore is a store in which requests take effect a random time after they were submitted, as when they wait for a slot. Those
+// to one block keep their order; a Fence overtakes them.
 type slowStore struct {
 	torus.Store
 	l       loop.Loop
 	rng     *rand.Rand
 	delay   time.Duration // up to that
-	until   time.Duration
+	until   map[torus.BlockRef]time.Duration
 	applied func(r *torus.Request) // called when a change takes effect
 }
 
 func (s *slowStore) Submit(r *torus.Request) {
-	if s.delay == 0 {
+	if s.delay == 0 || r.Op == torus.OpFence {
 		s.apply(r)
 		return
 	}
-	s.until = max(s.until, s.l.Now()+time.Duration(s.rng.Int64N(int64(s.delay))))
-	s.l.After(s.until-s.l.Now(), func() { s.apply(r) })
+	at := max(s.until[r.Ref], s.l.Now()+time.Duration(s.rng.Int64N(int64(s.delay))))
+	s.until[r.Ref] = at
+	s.l.After(at-s.l.Now(), func() { s.apply(r) })
 }
 
 func (s *slowStore) apply(r *torus.Request) {
@@ -73,7 +74,7 @@ func newNode(t testing.TB, seed uint64) *node {
 
 func (n *node) start() error {
 	n.l = n.v.NewLoop("peer")
-	n.slow.l, n.slow.until = n.l, 0
+	n.slow.l, n.slow.until = n.l, map[torus.BlockRef]time.Duration{}
 	fsys := vfs.NewErrors(n.disk, func(op vfs.Op) error {
 		if n.fault != nil {
 			return n.fault(op)
