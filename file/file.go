@@ -223,7 +223,9 @@ func (f *File) fail(err error) {
 		return
 	}
 	f.err = err
-	f.log.Error("volume failed for good", "epoch", f.epoch, "err", err)
+	if err != device.ErrShutdown {
+		f.log.Error("volume failed for good", "err", err)
+	}
 	f.tick.Stop()
 	f.syncGen++
 	for _, b := range f.blocks {
