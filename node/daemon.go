@@ -79,7 +79,7 @@ func RunDaemon(ctx context.Context, cfg DaemonConfig) (err error) {
 	stops.push(peer.Close)
 	if cfg.NBD != "" {
 		volumes, err := StartVolumes(ctx, VolumesConfig{
-			MDS: mds, Global: global, Listen: cfg.NBD, Flag: "--nbd", What: "torusd", CacheSize: cfg.CacheSize, Log: log,
+			MDS: mds, Global: global, Listen: cfg.NBD, Flag: "--nbd", What: "torusd " + peer.ID().String(), Sole: true, CacheSize: cfg.CacheSize, Log: log,
 			Registerer: registry,
 		})
 		if err != nil {

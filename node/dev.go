@@ -128,7 +128,7 @@ func StartDev(ctx context.Context, cfg DevConfig) (_ *Dev, err error) {
 		return nil, err
 	}
 	d.volumes, err = StartVolumes(ctx, VolumesConfig{
-		MDS: mds, Global: global, Listen: cfg.NBD, Flag: "--nbd", What: "torusd dev", CacheSize: cfg.CacheSize, Log: cfg.Log, Registerer: registry,
+		MDS: mds, Global: global, Listen: cfg.NBD, Flag: "--nbd", What: "torusd dev", Sole: true, CacheSize: cfg.CacheSize, Log: cfg.Log, Registerer: registry,
 	})
 	if err != nil {
 		return nil, err
@@ -167,7 +167,7 @@ func (d *Dev) initCluster(ctx context.Context, mds torus.MetadataService) (torus
 	global, err := mds.GlobalMetadata(ctx)
 	if errors.Is(err, torus.ErrNoGlobalMetadata) {
 		global = torus.GlobalMetadata{ClusterID: uuid.NewString(), BlockSize: torus.DefaultBlockSize, DefaultBlockSpec: "crc"}
-		err = d.etcd.Init(ctx, global, true)
+		global, err = d.etcd.Init(ctx, global, true)
 	}
 	if err != nil {
 		return global, err
@@ -176,7 +176,7 @@ func (d *Dev) initCluster(ctx context.Context, mds torus.MetadataService) (torus
 	if err != nil && !errors.Is(err, ErrUnchanged) {
 		return global, err
 	}
-	return mds.GlobalMetadata(ctx)
+	return global, nil
 }
 
 // startPeers starts each peer where it was the last time, else at any free port, and puts all into the ring.

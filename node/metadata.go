@@ -84,28 +84,28 @@ func (e Etcd) Connect(ctx context.Context) (torus.MetadataService, error) {
 	return torus.CreateMetadataService(ctx, string(torus.MetadataEtcd), e.config(ctx))
 }
 
-// Init makes a new cluster, with an empty ring if withRing. ErrExists if there is one already.
-func (e Etcd) Init(ctx context.Context, g torus.GlobalMetadata, withRing bool) error {
+// Init makes a new cluster, with an empty ring if withRing, and returns what was stored. ErrExists if there is one already.
+func (e Etcd) Init(ctx context.Context, g torus.GlobalMetadata, withRing bool) (torus.GlobalMetadata, error) {
 	if g.BlockSize < torus.MinBlockSize || g.BlockSize > torus.MaxBlockSize || g.BlockSize&(g.BlockSize-1) != 0 {
-		return fmt.Errorf("block size of %d bytes: %w\ngive a power of two from 256KiB to 64MiB", g.BlockSize, torus.ErrInvalid)
+		return g, fmt.Errorf("block size of %d bytes: %w\ngive a power of two from 256KiB to 64MiB", g.BlockSize, torus.ErrInvalid)
 	}
 	spec, err := blockset.Parse(g.DefaultBlockSpec)
 	if err != nil {
-		return err
+		return g, err
 	}
 	g.DefaultBlockSpec = spec.String()
 	var first torus.Ring
 	if withRing {
 		if first, err = firstRing(spec.Replication()); err != nil {
-			return err
+			return g, err
 		}
 	}
 	err = torus.InitMDS(ctx, string(torus.MetadataEtcd), e.config(ctx), g, first)
 	if errors.Is(err, torus.ErrExists) {
-		return &torus.Error{Op: "init", Obj: "cluster in etcd at " + e.String(), Err: err,
+		err = &torus.Error{Op: "init", Obj: "cluster in etcd at " + e.String(), Err: cause(err),
 			Hint: "`torusctl init --view` shows it; `torusctl wipe` forgets it and all its volumes"}
 	}
-	return err
+	return g, err
 }
 
 // Wipe forgets the cluster.

@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"os"
@@ -38,6 +39,7 @@ type VolumesConfig struct {
 	Flag      string   // by which Listen was given, for messages
 	Only      []string // names of the volumes to serve; empty: all
 	What      string   // who attaches them: the program
+	Sole      bool     // nobody else alive is called What: what is still attached to it was left by a predecessor that died
 	Force     bool     // take them over from others
 	CacheSize uint64   // bytes
 
@@ -67,6 +69,11 @@ func StartVolumes(ctx context.Context, cfg VolumesConfig) (_ *Volumes, err error
 			v.stops.run() //nolint:errcheck // the first error is the one that matters
 		}
 	}()
+	if cfg.Sole {
+		if err := releaseLeftovers(ctx, cfg.MDS, cfg.What); err != nil {
+			return nil, err
+		}
+	}
 	if v.loop, err = newLoop(cfg.Log); err != nil {
 		return nil, err
 	}
@@ -109,6 +116,12 @@ func StartVolumes(ctx context.Context, cfg VolumesConfig) (_ *Volumes, err error
 
 // Addr is where volumes are served: HOST:PORT or unix:PATH.
 func (v *Volumes) Addr() string { return v.addr }
+
+// Sessions is the number of clients.
+func (v *Volumes) Sessions() (n int) {
+	v.loop.call(func() { n = v.srv.Sessions() })
+	return n
+}
 
 // Close answers what is under way, disconnects the clients, flushes and releases the volumes.
 func (v *Volumes) Close() error { return v.stops.run() }
@@ -192,6 +205,28 @@ func checkVolumes(ctx context.Context, mds torus.MetadataService, names []string
 				e.Hint = "`torusctl volume list` shows the volumes there are; `torusctl volume create-block " + name + " SIZE` makes it"
 			}
 			return e
+		}
+	}
+	return nil
+}
+
+// releaseLeftovers ends the holding of volumes by dead predecessors, for whose leases nobody needs to wait.
+func releaseLeftovers(ctx context.Context, mds torus.MetadataService, what string) error {
+	volumes, err := mds.Volumes(ctx)
+	if err != nil {
+		return err
+	}
+	for _, v := range volumes {
+		id := torus.VolumeID(v.Id)
+		h, err := mds.Holder(ctx, id)
+		if errors.Is(err, torus.ErrNotExist) || err == nil && (h == nil || h.What != what) {
+			continue
+		}
+		if err == nil {
+			err = mds.Unlock(ctx, id, h.Epoch)
+		}
+		if err != nil {
+			return fmt.Errorf("release volume %s of a predecessor: %w", v.Name, err)
 		}
 	}
 	return nil

@@ -43,16 +43,16 @@ they are in the ring (torusctl peer add).`,
 					}
 					return printCluster(c, cmd, global)
 				}
-				global := torus.GlobalMetadata{
+				global, err := where.Init(ctx, torus.GlobalMetadata{
 					ClusterID: uuid.NewString(), BlockSize: uint64(blockSize), DefaultBlockSpec: spec,
-				}
-				if err := where.Init(ctx, global, !noRing); err != nil {
+				}, !noRing)
+				if err != nil {
 					return err
 				}
 				if c.out.Format != "table" {
 					return printCluster(c, cmd, global)
 				}
-				_, err := fmt.Fprintf(cmd.OutOrStdout(), "cluster %s: block size %s, block spec %s\n",
+				_, err = fmt.Fprintf(cmd.OutOrStdout(), "cluster %s: block size %s, block spec %s\n",
 					global.ClusterID, cli.FormatSize(global.BlockSize, false), global.DefaultBlockSpec)
 				return err
 			})
