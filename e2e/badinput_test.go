@@ -57,7 +57,7 @@ func TestVolumeErrors(t *testing.T) {
 		}
 		checkError(t, a.URI(), refused.Message, words)
 	}
-	mustRefuse(b.export("nosuch"), "nosuch", "does not exist")
+	mustRefuse(b.export("nosuch"), "nosuch", "no such device")
 	conn := dial(t, b.export(volume), startLimit)
 	defer conn.Close()
 	if v := c.volume(t, volume); v.Status != "attached" || !strings.Contains(v.AttachedTo, fmt.Sprint(b.cmd.Process.Pid)) {

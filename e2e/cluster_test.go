@@ -57,7 +57,7 @@ func sharedCluster(t *testing.T) *cluster {
 	logOnFailure(t, c.processes)
 	c.waitHealthy(t, startLimit)
 	t.Cleanup(func() {
-		c.stopBlks()
+		c.stopBlks(t)
 		for _, p := range append([]*process{c.etcd}, c.peers...) {
 			p.thaw()
 			if !p.alive() {
@@ -167,7 +167,7 @@ func (c *cluster) processes() []*process {
 }
 
 // stopBlks ends every torusblk, in order if that works: it then releases its volumes.
-func (c *cluster) stopBlks() {
+func (c *cluster) stopBlks(t *testing.T) {
 	for _, b := range c.blks {
 		b.thaw()
 		b.signal(syscall.SIGTERM)
@@ -177,6 +177,7 @@ func (c *cluster) stopBlks() {
 			select {
 			case <-exited:
 			case <-time.After(15 * time.Second):
+				t.Errorf("%s still runs 15 s after SIGTERM\n%s", b.name, b.tail(20))
 				b.kill()
 			}
 		}
@@ -263,7 +264,7 @@ func (c *cluster) newVolume(t *testing.T, size string) string {
 	name := fmt.Sprintf("vol%d", c.volumes)
 	c.ctl(t, "volume", "create-block", name, size)
 	t.Cleanup(func() {
-		c.stopBlks()
+		c.stopBlks(t)
 		if _, err := c.tryCtl(context.Background(), "volume", "delete", name); err != nil {
 			t.Logf("the volume stays: %v", err) // its holder was killed, and the lease lives on
 		}

@@ -1,9 +1,12 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
+	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -23,7 +26,7 @@ type fioLoad struct {
 
 func startFio(t *testing.T, a nbdclient.Address, offset, size, rate string) *fioLoad {
 	t.Helper()
-	f := &fioLoad{}
+	f, dir := &fioLoad{}, tempDir(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	f.cancel = cancel
 	stopped := make(chan struct{})
@@ -34,17 +37,16 @@ func startFio(t *testing.T, a nbdclient.Address, offset, size, rate string) *fio
 				return
 			default:
 			}
-			out, err := try(ctx, "fio", "--name=load", "--ioengine=nbd", "--uri="+a.URI(), "--rw=randrw", "--bs=4k", "--iodepth=16",
-				"--offset="+offset, "--size="+size, "--rate="+rate, fmt.Sprintf("--randseed=%d", n+1), "--verify=crc32c", "--verify_fatal=1",
-				"--verify_backlog=512", "--output-format=json")
+			slow, err := fio(ctx, dir, a, "--rw=randrw", "--bs=4k", "--iodepth=16", "--offset="+offset, "--size="+size, "--rate="+rate,
+				fmt.Sprintf("--randseed=%d", n+1), "--verify_backlog=512")
 			if ctx.Err() != nil {
 				return
 			}
 			if err != nil {
-				t.Errorf("fio: %v", err)
+				t.Error(err)
 				return
 			}
-			f.slow.Store(max(f.slow.Load(), int64(slowest(t, out))))
+			f.slow.Store(max(f.slow.Load(), int64(slow)))
 			f.runs.Add(1)
 		}
 	})
@@ -59,9 +61,19 @@ func (f *fioLoad) stop() {
 	f.wg.Wait()
 }
 
-// slowest is the longest that any request took, by fio's own account; any error it counted fails the test.
-func slowest(t *testing.T, out string) time.Duration {
-	t.Helper()
+// fio runs a job with verification; the result is the longest that any request took, by fio's own account.
+func fio(ctx context.Context, dir string, a nbdclient.Address, job ...string) (time.Duration, error) {
+	output := filepath.Join(dir, "fio.json")
+	args := []string{"fio", "--name=verify", "--ioengine=nbd", "--uri=" + a.URI(), "--verify=crc32c", "--verify_fatal=1", "--output-format=json", "--output=" + output}
+	_, err := try(ctx, append(args, job...)...)
+	if err != nil {
+		return 0, err
+	}
+	b, err := os.ReadFile(output)
+	if err != nil {
+		return 0, err
+	}
+	b = b[max(0, bytes.IndexByte(b, '{')):] // it may begin with a note
 	type side struct {
 		Clat struct{ Max float64 } `json:"clat_ns"`
 	}
@@ -72,15 +84,14 @@ func slowest(t *testing.T, out string) time.Duration {
 			Read, Write side
 		}
 	}
-	if err := json.Unmarshal([]byte(out), &r); err != nil || len(r.Jobs) == 0 {
-		t.Errorf("fio's output: %v\n%s", err, clip(out))
-		return 0
+	if err := json.Unmarshal(b, &r); err != nil || len(r.Jobs) != 1 {
+		return 0, fmt.Errorf("fio's output: %w\n%s", err, clip(string(b)))
 	}
 	j := r.Jobs[0]
 	if j.Error != 0 || j.TotalErr != 0 {
-		t.Errorf("fio counted error %d, %d in all", j.Error, j.TotalErr)
+		return 0, fmt.Errorf("fio counted error %d, %d in all", j.Error, j.TotalErr)
 	}
-	return time.Duration(max(j.Read.Clat.Max, j.Write.Clat.Max))
+	return time.Duration(max(j.Read.Clat.Max, j.Write.Clat.Max)), nil
 }
 
 // One peer at a time is killed, or stopped and woken, under fio with verification: no error, no wrong byte (D1, W1), and nobody
