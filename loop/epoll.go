@@ -79,7 +79,7 @@ func NewEpoll(log *slog.Logger) (*Epoll, error) {
 		return nil, fmt.Errorf("event loop: eventfd: %w", err)
 	}
 	e := &Epoll{log: log, epfd: epfd, wakefd: wakefd, epoch: time.Now(), pwait2: true}
-	e.pool.loop = e
+	e.pool.loop, e.pool.idleFor = e, helperIdleTime
 	ev := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: wakeSlot}
 	if err := unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, wakefd, &ev); err != nil {
 		unix.Close(epfd)

@@ -1,6 +1,8 @@
 package loop
 
 import (
+	"math/rand/v2"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -145,6 +147,36 @@ func TestEpollOffload(t *testing.T) {
 		t.Errorf("%d jobs of %d, at most %d at once, want %d", works.Load(), n, most.Load(), maxHelpers)
 	}
 	taskOnEpoll(t, e)
+}
+
+// Helpers end when idle, and a job that comes at that very moment is not lost.
+func TestEpollHelpersEnd(t *testing.T) {
+	e := startEpoll(t)
+	on(e, func() { e.pool.idleFor = 20 * time.Microsecond })
+	r := rand.New(rand.NewPCG(1, 1))
+	for round := range 3000 {
+		n := 1 + r.IntN(4)
+		done := make(chan struct{}, n)
+		on(e, func() {
+			for range n {
+				e.Offload(Func(func() {}, func() { done <- struct{}{} }))
+			}
+		})
+		for range n {
+			select {
+			case <-done:
+			case <-time.After(10 * time.Second):
+				t.Fatalf("round %d: a job was lost", round)
+			}
+		}
+		for end := time.Now().Add(time.Duration(r.IntN(100)) * time.Microsecond); time.Now().Before(end); {
+			runtime.Gosched()
+		}
+	}
+	e.pool.wg.Wait() // all end
+	if e.pool.n != 0 || len(e.pool.idle) != 0 {
+		t.Errorf("%d helpers, %d idle", e.pool.n, len(e.pool.idle))
+	}
 }
 
 // taskOnEpoll runs a task on the real loop.

@@ -12,8 +12,9 @@ const (
 
 // helpers is the pool of goroutines behind Epoll.Offload: started on demand, ended when idle for long.
 type helpers struct {
-	loop *Epoll
-	wg   sync.WaitGroup
+	loop    *Epoll
+	idleFor time.Duration // helperIdleTime, but in tests
+	wg      sync.WaitGroup
 
 	mu      sync.Mutex
 	waiting fifo[Job]
@@ -70,9 +71,9 @@ func (p *helpers) sleep(h *helper) bool {
 	p.idle = append(p.idle, h)
 	p.mu.Unlock()
 	if h.timer == nil {
-		h.timer = time.NewTimer(helperIdleTime)
+		h.timer = time.NewTimer(p.idleFor)
 	} else {
-		h.timer.Reset(helperIdleTime)
+		h.timer.Reset(p.idleFor)
 	}
 	select {
 	case <-h.wake:

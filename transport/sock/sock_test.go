@@ -422,6 +422,41 @@ func TestDialFails(t *testing.T) {
 	}
 }
 
+// A TCP socket may connect to itself when the port it asks for is its own; that is nobody's service.
+func TestConnectionToItself(t *testing.T) {
+	fd, err := socket(unix.AF_INET)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	unix.SetNonblock(fd, false)
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	sa, _ := unix.Getsockname(fd)
+	if err := unix.Connect(fd, sa); err != nil {
+		t.Fatal(err)
+	}
+	if !toItself(fd) {
+		t.Error("not recognized")
+	}
+
+	e := newLoop(t)
+	ended := false
+	s := New().Dial(e, format(sa), &handler{
+		opened: func(transport.Stream) { t.Error("opened") },
+		closed: func(transport.Stream, error) { ended = true },
+	}).(*stream)
+	// Put the connected socket in the place of the one that dials.
+	if err := unix.Dup3(fd, s.dialing.reg.FD(), unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	s.dialing.Ready(0)
+	if !runUntil(t, e, func() bool { return ended }) {
+		t.Error("never closed")
+	}
+}
+
 // A message without end is cut off at the limit, and costs what was sent, not what was announced.
 func TestInputLimit(t *testing.T) {
 	e := newLoop(t)
@@ -508,6 +543,32 @@ func TestIdleStreamsAreCheap(t *testing.T) {
 	}
 }
 
+// The bytes given to Data stay as they are until it returns, even if it closes the stream and others read meanwhile.
+func TestInputOutlivesClose(t *testing.T) {
+	e := newLoop(t)
+	n := New()
+	closed := false
+	ln := listen(t, e, n, "unix:"+filepath.Join(t.TempDir(), "s"), func(transport.Stream) transport.Handler {
+		return &handler{
+			data: func(s transport.Stream, b []byte) (int, int) {
+				s.Close()
+				other := n.loops[e].getInput() // as another stream would
+				clear(other.Bytes())
+				n.loops[e].putInput(other)
+				if string(b) != "bytes" {
+					t.Errorf("they became %q", b)
+				}
+				return 0, 0
+			},
+			closed: func(transport.Stream, error) { closed = true },
+		}
+	})
+	n.Dial(e, ln.Addr(), &handler{opened: func(s transport.Stream) { s.Write([]byte("bytes")) }})
+	if !runUntil(t, e, func() bool { return closed }) {
+		t.Error("never closed")
+	}
+}
+
 // Without descriptors a listener neither spins nor dies.
 func TestOutOfDescriptors(t *testing.T) {
 	e := newLoop(t)
@@ -528,11 +589,13 @@ func TestOutOfDescriptors(t *testing.T) {
 		t.Fatal(err)
 	}
 	runUntil(t, e, nil)
+	pause := ln.(*listener).resume
+	runUntil(t, e, nil)
 	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
 		t.Fatal(err)
 	}
-	if accepted != 1 || ln.(*listener).resume == nil {
-		t.Errorf("%d accepted without descriptors, or no pause", accepted)
+	if accepted != 1 || pause == nil || ln.(*listener).resume != pause {
+		t.Errorf("%d accepted without descriptors, or no pause, or more than one", accepted)
 	}
 	if !runUntil(t, e, func() bool { return accepted == 2 }) {
 		t.Error("the listener did not recover")

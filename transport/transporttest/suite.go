@@ -625,8 +625,8 @@ func testCloseAfterWriteDespiteInput(t *testing.T, w *suite) {
 		client.s.Write(at(0, make([]byte, 300<<10)))
 	})
 	w.must("the refusal", func() bool { return client.isClosed && server.isClosed })
-	if string(client.got) != "go away" {
-		t.Errorf("received %q, closed with %v", client.got, client.err)
+	if string(client.got) != "go away" || client.err != nil {
+		t.Errorf("received %q, closed with %v, want the refusal and nil", client.got, client.err)
 	}
 	if server.dataCalls != 1 {
 		t.Errorf("Data was called %d times, also after CloseAfterWrite", server.dataCalls)
