@@ -59,7 +59,10 @@ type volumeJSON struct {
 func describeVolume(ctx context.Context, mds torus.MetadataService, v *models.Volume, replication int) (volumeJSON, error) {
 	out := volumeJSON{
 		Name: v.Name, ID: v.Id, Type: v.Type, SizeBytes: v.SizeBytes, Status: "available",
-		BlockSpec: v.BlockSpec, Created: time.UnixMilli(v.CreatedUnixMs).UTC(),
+		BlockSpec: v.BlockSpec,
+	}
+	if v.CreatedUnixMs > 0 {
+		out.Created = time.UnixMilli(v.CreatedUnixMs).UTC()
 	}
 	id := torus.VolumeID(v.Id)
 	state, err := mds.VolumeState(ctx, id)
