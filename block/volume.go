@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/blockset"
@@ -47,7 +48,7 @@ func Create(ctx context.Context, mds torus.MetadataService, name string, size ui
 	if _, err := blockset.Parse(spec); err != nil {
 		return nil, fail(err, "")
 	}
-	v := &models.Volume{Name: name, Type: VolumeType, SizeBytes: size, BlockSpec: spec}
+	v := &models.Volume{Name: name, Type: VolumeType, SizeBytes: size, BlockSpec: spec, CreatedUnixMs: time.Now().UnixMilli()}
 	if err := mds.CreateVolume(ctx, v); err != nil {
 		hint := ""
 		if errors.Is(err, torus.ErrExists) {
