@@ -11,7 +11,7 @@ GOLANGCI_LINT         = bin/golangci-lint-$(GOLANGCI_LINT_VERSION)
 # What the tests and the README call besides Go.
 TOOLS = fio nbdkit libnbd-bin qemu-utils qemu-block-extra nbd-client fuse3 xfsprogs e2fsprogs iproute2 iptables
 
-.PHONY: build run test race lint bench e2e setup clean
+.PHONY: build run test race lint sim bench e2e setup clean
 
 build:
 	mkdir -p bin
@@ -38,6 +38,11 @@ $(GOLANGCI_LINT):
 
 bench:
 	go test -run '^$$' -bench . -benchmem ./...
+
+# Simulated clusters: one seed again with TORUS_SEED=n go test ./sim -run TestSeeds -v
+SEEDS ?= 1000
+sim:
+	TORUS_SEEDS=$(SEEDS) go test $(TESTFLAGS) -count 1 -timeout 120m -run TestSeeds ./sim
 
 # Clusters of real processes under real clients.
 e2e: build
