@@ -2,9 +2,12 @@ package nbd
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"io"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -399,5 +402,53 @@ func (s *stand) until(what string, cond func() bool) {
 		if time.Now().After(deadline) {
 			s.t.Fatalf("%s: not within 30 s", what)
 		}
+	}
+}
+
+// A client that asks for much more than it takes: the server holds a bounded part of it, and the rest comes when the
+// client reads.
+func TestStuckClientOnSocket(t *testing.T) {
+	s := newStand(t)
+	s.on(func() { copy(s.disk.Bytes(), pattern(standSize, 1)) })
+	conn, err := net.Dial("unix", s.sock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, _, err := enterExport(t.Context(), conn, "disk"); err != nil {
+		t.Fatal(err)
+	}
+	const n, size = 300, 1 << 20
+	go func() {
+		for i := range uint64(n) {
+			if _, err := conn.Write(pack(uint32(magicRequest), uint16(0), uint16(cmdRead), i, i%64*size, uint32(size))); err != nil {
+				t.Error(err)
+			}
+		}
+	}()
+	most := 0
+	s.until("the session is paused", func() bool {
+		if len(s.srv.sessions) == 0 {
+			return false
+		}
+		most = max(most, s.srv.sessions[0].holds())
+		return s.srv.sessions[0].paused && s.srv.sessions[0].inflight == 0
+	})
+	if limit := 64<<20 + size; most > limit {
+		t.Errorf("%d bytes held, more than %d", most, limit)
+	}
+	seen := [n]bool{}
+	reply := make([]byte, simpleSize+size)
+	var want []byte
+	s.on(func() { want = bytes.Clone(s.disk.Bytes()) })
+	for range n {
+		if _, err := io.ReadFull(conn, reply); err != nil {
+			t.Fatal(err)
+		}
+		i := binary.BigEndian.Uint64(reply[8:])
+		if i >= n || seen[i] || !bytes.Equal(reply[simpleSize:], want[i%64*size:][:size]) {
+			t.Fatalf("reply %x", reply[:simpleSize])
+		}
+		seen[i] = true
 	}
 }
