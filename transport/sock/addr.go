@@ -165,7 +165,7 @@ func tune(fd int, sa unix.Sockaddr) {
 	}
 	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) // we gather ourselves
 	if cc, err := unix.GetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION); err == nil && cc == "bbr" && local(sa) {
-		// BBR's pacing timers cost a third of the CPU of large transfers, for nothing on a local network.
+		// BBR paces what it sends by timers. That is for paths that lose packets; on a local network it is only work.
 		unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, "cubic")
 	}
 	// A peer that vanished without a word is noticed within a minute even by protocols without pings.
