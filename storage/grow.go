@@ -96,6 +96,10 @@ func (g *grower) make() error {
 	if err != nil {
 		return err
 	}
+	// Only now the file may be missed. Should this fail, the file is found by the next Open all the same.
+	if err := writeCount(fsys, g.super.number+1); err != nil {
+		return err
+	}
 	g.f, err = fsys.Open(name)
 	return err
 }
@@ -135,8 +139,8 @@ func (g *grower) Done() {
 	}
 	d.log.Info("made a file of slots", "file", x.name, "slots", x.super.slots)
 	d.keepAhead()
-	d.prewrite()
 	d.unpark()
+	d.prewrite()
 }
 
 // addFile appends a file and its slots, all free.

@@ -26,6 +26,7 @@ func (id Identity) String() string {
 
 const (
 	identityFile    = "identity"
+	countFile       = "files"
 	lockFile        = "lock"
 	newSuffix       = ".new" // of a file that is being made; one found at Open is a crash's leftover
 	slotsPrefix     = "slots-"
@@ -141,9 +142,48 @@ func create(fsys vfs.FS, id Identity) error {
 	})
 }
 
+// countJSON is the file "files": how many slots files there are, at least, so that a lost one is missed. "I do not have the
+// block" must never come from a disk that lost it.
+type countJSON struct {
+	Version int    `json:"version"`
+	Files   uint32 `json:"files"`
+}
+
+func writeCount(fsys vfs.FS, n uint32) error {
+	b, err := json.Marshal(countJSON{identityVersion, n})
+	if err != nil {
+		return err
+	}
+	return writeFile(fsys, countFile, func(f vfs.File) error {
+		_, err := f.WriteAt(append(b, '\n'), 0)
+		return err
+	})
+}
+
+func readCount(fsys vfs.FS) (uint32, error) {
+	f, err := fsys.Open(countFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	b := make([]byte, maxIdentitySize)
+	n, err := f.ReadAt(b, 0)
+	if err != nil && err != io.EOF {
+		return 0, err
+	}
+	var j countJSON
+	if err := json.NewDecoder(bytes.NewReader(b[:n])).Decode(&j); err != nil || j.Version != identityVersion {
+		return 0, fmt.Errorf("the file %q: %w (%v)", countFile, torus.ErrCorrupt, err)
+	}
+	return j.Files, nil
+}
+
 // writeFile makes a file whose name appears only once its contents are durable.
 func writeFile(fsys vfs.FS, name string, fill func(vfs.File) error) error {
-	tmp := name + newSuffix
+	tmp := name + newSuffix // one left over from a crash is in the way
 	if err := fsys.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}

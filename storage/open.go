@@ -177,7 +177,7 @@ func (d *Disk) slotsFiles() ([]uint32, error) {
 	}
 	var numbers []uint32
 	for _, name := range names {
-		if !strings.HasPrefix(name, slotsPrefix) && name != identityFile+newSuffix {
+		if !strings.HasPrefix(name, slotsPrefix) && name != identityFile+newSuffix && name != countFile+newSuffix {
 			continue
 		}
 		if strings.HasSuffix(name, newSuffix) {
@@ -193,9 +193,13 @@ func (d *Disk) slotsFiles() ([]uint32, error) {
 		numbers = append(numbers, n)
 	}
 	slices.Sort(numbers)
-	for i, n := range numbers {
-		if n != uint32(i) {
-			return nil, &torus.Error{Op: "open store", Obj: "of " + d.id.String(), Err: fmt.Errorf("the file %s is missing: %w", slotsName(uint32(i)), torus.ErrCorrupt),
+	count, err := readCount(d.fs)
+	if err != nil {
+		return nil, err
+	}
+	for i := range max(count, uint32(len(numbers))) {
+		if i >= uint32(len(numbers)) || numbers[i] != i {
+			return nil, &torus.Error{Op: "open store", Obj: "of " + d.id.String(), Err: fmt.Errorf("the file %s is missing: %w", slotsName(i), torus.ErrCorrupt),
 				Hint: "Its blocks are lost here. Put it back, or empty the data directory and let the cluster heal."}
 		}
 	}

@@ -1,7 +1,6 @@
 package storage_test
 
 import (
-	"bytes"
 	"testing"
 
 	"github.com/coreos/torus"
@@ -53,5 +52,3 @@ func TestMemory(t *testing.T) {
 		return m
 	})
 }
-
-var _ = bytes.Equal
