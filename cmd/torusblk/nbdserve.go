@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 
 	"github.com/spf13/cobra"
 
@@ -36,8 +35,5 @@ func (b *blk) serve(cmd *cobra.Command, what, listen string, volumes []string, u
 		Etcd: where, EtcdWait: b.etcdWait, NBD: listen, Volumes: volumes, What: what, Force: b.force,
 		CacheSize: uint64(b.cache), HTTP: b.http, Log: cli.NewLogger(cmd.ErrOrStderr(), cli.LogLevel(b.debug)),
 	}, use)
-	if errors.Is(err, context.Canceled) && cmd.Context().Err() != nil {
-		return nil // asked to stop
-	}
-	return where.Explain(err)
+	return where.Explain(cli.Stopped(cmd, err))
 }

@@ -1,8 +1,6 @@
 package main
 
 import (
-	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -53,10 +51,7 @@ protection against the loss of a machine.`,
 				NBD: nbd, CacheSize: uint64(cache), HTTP: http, Log: log,
 			})
 			if err != nil {
-				if errors.Is(err, context.Canceled) && cmd.Context().Err() != nil {
-					return nil
-				}
-				return err
+				return cli.Stopped(cmd, err)
 			}
 			if _, err := fmt.Fprint(cmd.OutOrStdout(), whatNext(dev)); err != nil {
 				dev.Close()

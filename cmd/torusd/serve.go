@@ -1,8 +1,6 @@
 package main
 
 import (
-	"context"
-	"errors"
 	"fmt"
 	"net"
 	"strconv"
@@ -110,8 +108,5 @@ func (d *daemon) run(cmd *cobra.Command) error {
 		HTTP:      d.http,
 		Log:       cli.NewLogger(cmd.ErrOrStderr(), cli.LogLevel(d.debug)),
 	})
-	if errors.Is(err, context.Canceled) && cmd.Context().Err() != nil {
-		return nil // asked to stop
-	}
-	return where.Explain(err)
+	return where.Explain(cli.Stopped(cmd, err))
 }
