@@ -221,7 +221,6 @@ func (c *Client) Submit(r *torus.Request) {
 	}
 	f.put(&c.head)
 	c.link.s.Write(c.head[:])
-	c.link.wrote += HeaderSize + int64(f.payload)
 	if f.payload > 0 {
 		c.link.s.WriteShared(r.Data)
 	}
@@ -254,13 +253,6 @@ func (c *Client) tick() {
 	}
 	c.ticker = c.l.After(c.every, c.tickFn)
 
-	// Bytes that leave a queue that was never empty show that the other side's kernel takes them.
-	queued := k.s.Queued()
-	if k.queued > 0 && k.wrote-int64(queued) > k.left {
-		k.quiet = 0
-	}
-	k.queued, k.left = queued, k.wrote-int64(queued)
-
 	k.quiet++
 	quiet := time.Duration(k.quiet) * c.every
 	if quiet >= c.cfg.DeadAfter {
@@ -284,11 +276,8 @@ type link struct {
 	why  error       // set when it has been given up
 	dial *loop.Timer // bounds dialling, up to the hello, and saying goodbye
 
-	quiet  int   // ticks since the last sign of life
-	pinged bool  // since then
-	wrote  int64 // bytes handed to s
-	queued int   // at the last tick: bytes waiting,
-	left   int64 // and bytes gone
+	quiet  int  // ticks since the last sign of life
+	pinged bool // since then
 
 	// The reply whose payload is on its way past Data.
 	reply  frame
@@ -331,7 +320,6 @@ func (k *link) refuse(why error) {
 func (k *link) send(f *frame) {
 	f.put(&k.c.head)
 	k.s.Write(k.c.head[:])
-	k.wrote += HeaderSize
 }
 
 // Opened implements transport.Handler.
@@ -340,9 +328,7 @@ func (k *link) Opened(s transport.Stream) {
 	if k.why != nil {
 		return
 	}
-	b := k.c.cfg.Hello.encode()
-	s.Write(b)
-	k.wrote += int64(len(b))
+	s.Write(k.c.cfg.Hello.encode())
 }
 
 // Closed implements transport.Handler.
