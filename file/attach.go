@@ -207,7 +207,7 @@ func (a *recovery) run() error {
 			return err
 		}
 	}
-	a.seal() // step 6
+	f.sealBlocks(f.next) // step 6: the window's blocks, those of the rescue, and what the new INode was written to
 	return nil
 }
 
@@ -784,23 +784,6 @@ func (a *recovery) loadLeaves(h *record.Header) error {
 		})
 		if err != nil {
 			return err
-		}
-	}
-}
-
-// seal tells the old blocks' peers how long they are for good. A hint: nothing rests on it.
-func (a *recovery) seal() {
-	f := a.f
-	for _, b := range a.blocks {
-		if !b.whole {
-			continue
-		}
-		for _, p := range b.set {
-			f.dist.Submit(p, &torus.Request{Op: torus.OpSeal, Ref: b.ref, Epoch: f.epoch, Len: b.used, Peer: p, Done: func(r *torus.Request) {
-				if r.Err != nil {
-					f.log.Debug("seal", "block", r.Ref.String(), "peer", r.Peer, "err", r.Err)
-				}
-			}})
 		}
 	}
 }

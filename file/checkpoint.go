@@ -103,7 +103,35 @@ func (f *File) checkpoint(t *loop.Task, change func(*models.VolumeState)) error 
 	f.win.spans = trimSpans(f.win.spans, z.lo)
 	f.stats.Checkpoints++
 	f.deleteBlocks(z)
+	f.sealBlocks(z.lo)
 	return nil
+}
+
+// sealBlocks tells the peers of blocks that will never be appended to again how long they are: data blocks below the window
+// that has been committed, and metadata blocks but the present one. A hint: a sealed block is trusted by its
+// entry, so that a peer that starts need not read it, nor take rot in it for its end.
+func (f *File) sealBlocks(lo uint64) {
+	for i := range f.table.e {
+		e := &f.table.e[i]
+		switch {
+		case !e.used || e.sealed || e.length == 0:
+			continue
+		case e.ref.Type == torus.TypeINode:
+			if f.meta.blk != nil && f.meta.blk.slot == uint32(i) {
+				continue
+			}
+		case uint64(e.ref.INode) == f.epoch && uint64(e.ref.Index) >= lo:
+			continue
+		}
+		e.sealed = true
+		for _, p := range e.peers {
+			f.dist.Submit(p, &torus.Request{Op: torus.OpSeal, Ref: e.ref, Epoch: f.epoch, Len: e.length * pageSize, Peer: p, Done: func(r *torus.Request) {
+				if r.Err != nil {
+					f.log.Debug("seal", "block", r.Ref.String(), "peer", r.Peer, "err", r.Err)
+				}
+			}})
+		}
+	}
 }
 
 // lowest is where the window may begin: no block above it holds a record that the map lacks. A record that was acknowledged

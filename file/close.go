@@ -50,6 +50,10 @@ func (f *File) close(t *loop.Task) error {
 			f.releaseMeta()
 		}
 	}
+	if err == nil {
+		f.meta.blk = nil
+		f.sealBlocks(f.next)
+	}
 	f.stop()
 	if f.err == nil {
 		f.fail(device.ErrShutdown)

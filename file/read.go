@@ -194,6 +194,17 @@ func runDone(rd *distributor.Read) {
 	if err == nil && x.bounce != nil {
 		copy(x.dst, x.bounce.Bytes()[x.in:])
 	}
+	if errors.Is(err, torus.ErrCorrupt) && len(x.e) > 1 {
+		// Each replica has a bad page somewhere in the run. Page by page, each may still have a good copy.
+		err = nil
+		for i, e := range x.e {
+			one := f.newRun()
+			one.op, one.first, one.dst = op, x.first+uint64(i), x.dst[i*pageSize:][:pageSize]
+			one.e = append(one.e, e)
+			op.pending++
+			one.start()
+		}
+	}
 	if err != nil {
 		// The block may have been given up since the map was asked: then the map knows better by now.
 		for i, e := range x.e {

@@ -196,7 +196,7 @@ func (p *fakePeer) serve(q *torus.Request) error {
 		if b == nil || len(b.data) < int(q.Len) {
 			return torus.ErrGap
 		}
-		b.data, b.sealed = b.data[:q.Len], true
+		b.data, b.synced, b.sealed = b.data[:q.Len], int(q.Len), true
 	case torus.OpRead:
 		if b == nil {
 			return torus.ErrBlockNotExist

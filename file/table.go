@@ -24,6 +24,7 @@ type tableEntry struct {
 	live   uint32 // pages the map (or the tree itself) points to
 	length uint32 // pages that are valid, headers included
 	set    uint16 // index into sets
+	sealed bool   // its peers have been told that it is complete; not stored: of an older INode's blocks it is taken for granted
 	peers  torus.PeerList
 }
 
@@ -146,7 +147,7 @@ func (t *table) decodePage(p int, b []byte) error {
 			continue
 		}
 		e := tableEntry{
-			ref: torus.BlockRefFromBytes(x), used: true,
+			ref: torus.BlockRefFromBytes(x), used: true, sealed: true,
 			live:   uint32(binary.LittleEndian.Uint16(x[24:])),
 			length: uint32(binary.LittleEndian.Uint16(x[26:])),
 			set:    binary.LittleEndian.Uint16(x[28:]),
