@@ -3,7 +3,6 @@ package e2e
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -30,9 +29,21 @@ type cluster struct {
 	etcdURL  string // HOST:PORT
 	torusctl string // its path
 	etcd     *process
-	peers    []*process
+	peers    []*peer
 	blks     []*blk
+	ended    []*blk // of this test
 	volumes  int
+}
+
+// peer is a torusd.
+type peer struct {
+	*process
+	http string // HOST:PORT
+}
+
+// ready says whether it serves, by its own account.
+func (p *peer) ready(ctx context.Context) error {
+	return getOK(ctx, "http://"+p.http+"/readyz")
 }
 
 // blk is a torusblk nbdserve.
@@ -54,11 +65,12 @@ func sharedCluster(t *testing.T) *cluster {
 		shared.cluster = startCluster(t, dir)
 	}
 	c := shared.cluster
+	c.ended = nil
 	logOnFailure(t, c.processes)
 	c.waitHealthy(t, startLimit)
 	t.Cleanup(func() {
 		c.stopBlks(t)
-		for _, p := range append([]*process{c.etcd}, c.peers...) {
+		for _, p := range c.servers() {
 			p.thaw()
 			if !p.alive() {
 				if err := p.tryStart(); err != nil {
@@ -128,39 +140,53 @@ func (c *cluster) startEtcd(t *testing.T) {
 func (c *cluster) waitEtcd(t *testing.T) {
 	t.Helper()
 	eventually(t, startLimit, "etcd is healthy", func() error {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-		defer cancel()
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+c.etcdURL+"/health", nil)
-		if err != nil {
-			return err
-		}
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			return err
-		}
-		defer resp.Body.Close()
-		if resp.StatusCode != http.StatusOK {
-			return errors.New(resp.Status)
-		}
-		return nil
+		return getOK(t.Context(), "http://"+c.etcdURL+"/health")
 	})
+}
+
+// getOK asks a page that must be there.
+func getOK(ctx context.Context, url string) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s: %s", url, resp.Status)
+	}
+	return nil
 }
 
 func (c *cluster) peerDir(name string) string { return filepath.Join(c.dir, name) }
 
-func (c *cluster) newPeer(t *testing.T, name string) *process {
+func (c *cluster) newPeer(t *testing.T, name string) *peer {
 	t.Helper()
-	return newProcess(c.dir, name, program(t, "torusd"), "--etcd", c.etcdURL, "--data-dir", c.peerDir(name), "--size", peerSize,
-		"--peer-address", "tdp://"+freePort(t), "--label", "host="+name)
+	p := &peer{http: freePort(t)}
+	p.process = newProcess(c.dir, name, program(t, "torusd"), "--etcd", c.etcdURL, "--data-dir", c.peerDir(name), "--size", peerSize,
+		"--peer-address", "tdp://"+freePort(t), "--label", "host="+name, "--http", p.http)
+	return p
 }
 
-func (c *cluster) processes() []*process {
-	l := []*process{}
+// servers are etcd and the peers.
+func (c *cluster) servers() (l []*process) {
 	if c.etcd != nil {
 		l = append(l, c.etcd)
 	}
-	l = append(l, c.peers...)
-	for _, b := range c.blks {
+	for _, p := range c.peers {
+		l = append(l, p.process)
+	}
+	return l
+}
+
+func (c *cluster) processes() []*process {
+	l := c.servers()
+	for _, b := range append(c.ended, c.blks...) {
 		l = append(l, b.process)
 	}
 	return l
@@ -182,7 +208,7 @@ func (c *cluster) stopBlks(t *testing.T) {
 			}
 		}
 	}
-	c.blks = nil
+	c.ended, c.blks = append(c.ended, c.blks...), nil
 }
 
 func (c *cluster) kill() {
@@ -238,7 +264,7 @@ func (c *cluster) json(ctx context.Context, v any, args ...string) error {
 	return json.Unmarshal([]byte(out), v)
 }
 
-// waitHealthy waits until torusctl status says "ok".
+// waitHealthy waits until every peer serves and torusctl status says "ok".
 func (c *cluster) waitHealthy(t testing.TB, limit time.Duration) time.Duration {
 	t.Helper()
 	return eventually(t, limit, "the cluster is healthy", func() error {
@@ -246,6 +272,11 @@ func (c *cluster) waitHealthy(t testing.TB, limit time.Duration) time.Duration {
 			Status   string
 			Problems []string
 			Members  int
+		}
+		for _, p := range c.peers {
+			if err := p.ready(t.Context()); err != nil {
+				return err
+			}
 		}
 		if err := c.json(t.Context(), &s, "status"); err != nil {
 			return err

@@ -24,15 +24,16 @@ type stream struct {
 	wg   sync.WaitGroup
 
 	mu     sync.Mutex
-	paths  [2]path
+	paths  [3]path // writes and flushes, reads, and sleeps of a millisecond: how long the machine makes everybody wait
 	newest []uint64
 	err    error
 }
 
-// path is one of the two: writes and flushes, or reads.
+// path is one of the three.
 type path struct {
 	last time.Time // of the last completion
 	gap  time.Duration
+	when time.Time // the longest gap ended
 	done int
 }
 
@@ -40,13 +41,15 @@ type path struct {
 type stall struct {
 	write, read   time.Duration // the longest gap
 	writes, reads int
+	noise         time.Duration // the longest wait for the processor
+	when          time.Time     // the longest gap of all ended
 }
 
 func (s stall) max() time.Duration { return max(s.write, s.read) }
 
 func (s stall) String() string {
-	return fmt.Sprintf("longest stall of writes and flushes %v (%d done), of reads %v (%d done)",
-		s.write.Round(time.Millisecond), s.writes, s.read.Round(time.Millisecond), s.reads)
+	return fmt.Sprintf("longest stall of writes and flushes %v (%d done), of reads %v (%d done), until %s; the machine alone %v",
+		s.write.Round(time.Millisecond), s.writes, s.read.Round(time.Millisecond), s.reads, s.when.Format("15:04:05.000"), s.noise.Round(time.Millisecond))
 }
 
 // startStream begins on a region of pages of an export. It ends with the test, at the latest.
@@ -57,9 +60,17 @@ func startStream(t *testing.T, a nbdclient.Address, first, pages uint64, pace ti
 		s.conns[i] = dial(t, a, startLimit)
 	}
 	now := time.Now()
-	s.paths[0].last, s.paths[1].last = now, now
+	for i := range s.paths {
+		s.paths[i].last = now
+	}
 	s.wg.Go(s.write)
 	s.wg.Go(s.read)
+	s.wg.Go(func() {
+		for s.running(nil) {
+			time.Sleep(time.Millisecond)
+			s.completed(2)
+		}
+	})
 	t.Cleanup(func() {
 		for _, c := range s.conns {
 			c.Close()
@@ -89,13 +100,25 @@ func (s *stream) look() stall {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := time.Now()
-	var out [2]path
+	var out [3]path
 	for i := range s.paths {
 		p := &s.paths[i]
-		out[i] = path{gap: max(p.gap, now.Sub(p.last)), done: p.done}
+		p.wait(now)
+		out[i] = *p
 		p.gap, p.done = 0, 0
 	}
-	return stall{out[0].gap, out[1].gap, out[0].done, out[1].done}
+	all := stall{write: out[0].gap, read: out[1].gap, writes: out[0].done, reads: out[1].done, noise: out[2].gap, when: out[0].when}
+	if all.read > all.write {
+		all.when = out[1].when
+	}
+	return all
+}
+
+// wait notes that nothing has been completed since the last time.
+func (p *path) wait(now time.Time) {
+	if d := now.Sub(p.last); d > p.gap {
+		p.gap, p.when = d, now
+	}
 }
 
 func (s *stream) completed(i int) {
@@ -103,7 +126,7 @@ func (s *stream) completed(i int) {
 	defer s.mu.Unlock()
 	p := &s.paths[i]
 	now := time.Now()
-	p.gap = max(p.gap, now.Sub(p.last))
+	p.wait(now)
 	p.last = now
 	p.done++
 }
