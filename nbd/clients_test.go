@@ -441,9 +441,16 @@ func TestStuckClientOnSocket(t *testing.T) {
 	reply := make([]byte, simpleSize+size)
 	var want []byte
 	s.on(func() { want = bytes.Clone(s.disk.Bytes()) })
-	for range n {
-		if _, err := io.ReadFull(conn, reply); err != nil {
+	for got := range n {
+		if err := conn.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
 			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(conn, reply); err != nil {
+			s.on(func() {
+				x := s.srv.sessions[0]
+				t.Logf("session: phase %d paused %v inflight %d queued %d look %v", x.phase, x.paused, x.inflight, x.st.Queued(), x.look)
+			})
+			t.Fatalf("reply %d: %v", got, err)
 		}
 		i := binary.BigEndian.Uint64(reply[8:])
 		if i >= n || seen[i] || !bytes.Equal(reply[simpleSize:], want[i%64*size:][:size]) {

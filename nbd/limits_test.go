@@ -108,8 +108,9 @@ func TestBytesOfAllSessionsAreBounded(t *testing.T) {
 	h := r.hold()
 	var clients []*client
 	for range 5 {
-		c := r.attached("disk", simply)
-		clients = append(clients, c)
+		clients = append(clients, r.attached("disk", simply))
+	}
+	for _, c := range clients {
 		for i := range uint64(5) {
 			c.request(0, cmdRead, i, 0, 10<<10)
 		}

@@ -90,6 +90,7 @@ func (s *session) replyStatus(cmd command, extents []device.Extent) {
 	}
 	s.st.Write(s.chunk(cmd, chunkBlockStatus, uint32(len(out))))
 	s.st.WriteBuf(b, len(out))
+	s.srv.held += len(out) // a READ's was counted when it was let in
 }
 
 func stateOf(e device.Extent) (state uint32) {

@@ -112,10 +112,16 @@ func (f *fakeStream) deliver() {
 			if k > len(given) || k < 0 {
 				panic(fmt.Sprintf("Data consumed %d of %d", k, len(given)))
 			}
-			f.in, f.need = f.in[k:], need
-			if k > 0 && (f.dst != nil || len(f.in) > 0) {
-				continue
+			f.in = f.in[k:]
+			switch { // as strict as any stream may be
+			case f.dst != nil:
+				f.need = 0
+			case k > 0 && need > 0:
+				f.need = need
+			default:
+				f.need = max(need, len(f.in)+1)
 			}
+			continue
 		}
 		if len(f.pending) == 0 {
 			return

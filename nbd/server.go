@@ -59,7 +59,7 @@ type Server struct {
 	ln       transport.Listener
 	sessions []*session
 	free     []*call // for reuse
-	held     int     // bytes held by all sessions; an estimate, never too low (see full)
+	held     int     // bytes held by all sessions, estimated, see full
 
 	closed bool   // accepts no more
 	drain  func() // Shutdown's; called when the last session has gone
@@ -168,6 +168,16 @@ func (srv *Server) full() bool {
 		srv.held += s.holds()
 	}
 	return srv.held >= srv.cfg.MaxServerBytes
+}
+
+// pauseAll pauses all sessions that could take in more requests, because together they hold too much.
+func (srv *Server) pauseAll() {
+	for _, s := range srv.sessions {
+		if s.phase == phaseTransmission && !s.paused && !s.busy {
+			s.pause(true)
+			s.planLook()
+		}
+	}
 }
 
 // keptExtents is how many extents of room a call keeps for its next use.

@@ -140,10 +140,11 @@ func (s *session) transmit() {
 	s.srv.cfg.Log.Info("nbd: attached", "client", s.st.RemoteAddr(), "export", s.name)
 }
 
-// Data takes what has arrived as far as it can.
+// Data takes what has arrived as far as it can; at least one message, because a stream calls Data again with what it has
+// seen already only behind some progress.
 func (s *session) Data(_ transport.Stream, b []byte) (consumed, need int) {
 	s.busy = true
-	for consumed < len(b) && s.ready() {
+	for consumed < len(b) && s.ready() && (consumed == 0 || !s.full()) {
 		n := 0
 		if s.skip > 0 {
 			n = s.discard(b[consumed:])
@@ -153,7 +154,8 @@ func (s *session) Data(_ transport.Stream, b []byte) (consumed, need int) {
 		if n == 0 {
 			break
 		}
-		consumed, need = consumed+n, 0
+		consumed += n
+		need = 1 // when it is resumed, whatever is left
 	}
 	if !s.open() {
 		consumed, need = len(b), 0
@@ -163,10 +165,8 @@ func (s *session) Data(_ transport.Stream, b []byte) (consumed, need int) {
 	return consumed, need
 }
 
-// ready reports whether the next input can be taken now.
-func (s *session) ready() bool {
-	return s.open() && !s.waiting && s.incoming == nil && !s.full()
-}
+// ready reports whether the next message can be taken now. If not, the input is paused, or belongs to a payload.
+func (s *session) ready() bool { return s.open() && !s.waiting && s.incoming == nil }
 
 // open reports whether the session still takes input.
 func (s *session) open() bool { return s.phase < phaseFinishing }
@@ -454,11 +454,21 @@ func (s *session) settle() {
 		}
 	default:
 		full := s.full()
-		s.pause(full || s.waiting)
-		if full && s.look == 0 {
-			s.look = firstLook
-			s.srv.l.After(s.look, s.onLook)
+		if s.srv.full() {
+			s.srv.pauseAll()
 		}
+		s.pause(full || s.waiting)
+		if full {
+			s.planLook()
+		}
+	}
+}
+
+// planLook has a session that is paused look again soon whether it still must be.
+func (s *session) planLook() {
+	if s.look == 0 {
+		s.look = firstLook
+		s.srv.l.After(s.look, s.onLook)
 	}
 }
 
