@@ -20,7 +20,16 @@ type DaemonConfig struct {
 }
 
 // RunDaemon runs a peer, and what it is asked to run beside it, until ctx ends; then it stops in order.
-func RunDaemon(ctx context.Context, cfg DaemonConfig) (err error) {
+func RunDaemon(ctx context.Context, cfg DaemonConfig) error {
+	var stops stack
+	err := runDaemon(ctx, cfg, &stops)
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		err = nil // told to stop while it was starting
+	}
+	return errors.Join(err, stops.run())
+}
+
+func runDaemon(ctx context.Context, cfg DaemonConfig, stops *stack) error {
 	log := cfg.Log
 	if _, _, err := parsePeerAddress(cfg.Peer.Address); err != nil {
 		return err
@@ -34,9 +43,6 @@ func RunDaemon(ctx context.Context, cfg DaemonConfig) (err error) {
 	registry := NewRegistry()
 	RegisterMetadata(registry)
 	ready := newReadiness("waiting for etcd")
-	var stops stack
-	defer func() { err = errors.Join(err, stops.run()) }()
-
 	dir, err := openDataDir(cfg.Peer.DataDir)
 	if err != nil {
 		return err

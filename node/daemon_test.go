@@ -295,3 +295,24 @@ func TestDaemonRefuses(t *testing.T) {
 		})
 	}
 }
+
+// Told to stop while it waits, it ends at once, and that is no failure.
+func TestDaemonStopsWhileWaiting(t *testing.T) {
+	uninitialised := testEtcd(t)
+	for name, where := range map[string]Etcd{"for etcd": {Endpoints: []string{"127.0.0.1:1"}}, "for init": uninitialised} {
+		t.Run(name, func(t *testing.T) {
+			cfg := testDaemon(t, where)
+			cfg.EtcdWait = time.Hour
+			d := startDaemon(cfg)
+			until(t, "it has its data dir", func() bool {
+				_, err := os.Stat(filepath.Join(cfg.Peer.DataDir, "torusd.lock"))
+				return err == nil
+			})
+			began := time.Now()
+			d.end(t)
+			if took := time.Since(began); took > 5*time.Second {
+				t.Errorf("took %v", took)
+			}
+		})
+	}
+}

@@ -22,7 +22,16 @@ type FrontendConfig struct {
 
 // RunFrontend serves volumes until ctx ends or use returns; then it flushes and releases them. use is called, with the
 // context, once volumes are served; nil waits for the end of ctx.
-func RunFrontend(ctx context.Context, cfg FrontendConfig, use func(context.Context, *Volumes) error) (err error) {
+func RunFrontend(ctx context.Context, cfg FrontendConfig, use func(context.Context, *Volumes) error) error {
+	var stops stack
+	err := runFrontend(ctx, cfg, &stops, use)
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		err = nil // told to stop while it was starting
+	}
+	return errors.Join(err, stops.run())
+}
+
+func runFrontend(ctx context.Context, cfg FrontendConfig, stops *stack, use func(context.Context, *Volumes) error) error {
 	log := cfg.Log
 	if _, err := listenAddress("--listen", cfg.NBD); err != nil {
 		return err
@@ -31,8 +40,6 @@ func RunFrontend(ctx context.Context, cfg FrontendConfig, use func(context.Conte
 	registry := NewRegistry()
 	RegisterMetadata(registry)
 	ready := newReadiness("waiting for etcd")
-	var stops stack
-	defer func() { err = errors.Join(err, stops.run()) }()
 	if cfg.HTTP != "" {
 		h, err := ServeHTTP(cfg.HTTP, registry, ready.check, log)
 		if err != nil {

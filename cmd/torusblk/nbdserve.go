@@ -35,5 +35,5 @@ func (b *blk) serve(cmd *cobra.Command, what, listen string, volumes []string, u
 		Etcd: where, EtcdWait: b.etcdWait, NBD: listen, Volumes: volumes, What: what, Force: b.force,
 		CacheSize: uint64(b.cache), HTTP: b.http, Log: cli.NewLogger(cmd.ErrOrStderr(), cli.LogLevel(b.debug)),
 	}, use)
-	return where.Explain(cli.Stopped(cmd, err))
+	return where.Explain(err)
 }

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -51,7 +53,10 @@ protection against the loss of a machine.`,
 				NBD: nbd, CacheSize: uint64(cache), HTTP: http, Log: log,
 			})
 			if err != nil {
-				return cli.Stopped(cmd, err)
+				if errors.Is(err, context.Canceled) && cmd.Context().Err() != nil {
+					err = nil // told to stop while it was starting
+				}
+				return err
 			}
 			if _, err := fmt.Fprint(cmd.OutOrStdout(), whatNext(dev)); err != nil {
 				dev.Close()

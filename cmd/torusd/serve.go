@@ -108,5 +108,5 @@ func (d *daemon) run(cmd *cobra.Command) error {
 		HTTP:      d.http,
 		Log:       cli.NewLogger(cmd.ErrOrStderr(), cli.LogLevel(d.debug)),
 	})
-	return where.Explain(cli.Stopped(cmd, err))
+	return where.Explain(err)
 }

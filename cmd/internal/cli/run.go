@@ -45,14 +45,6 @@ func Run(root *cobra.Command, args []string, stdout, stderr io.Writer) int {
 	return 0
 }
 
-// Stopped is err, but nil if all it says is that the command was told to stop: for daemons, whose good end that is.
-func Stopped(cmd *cobra.Command, err error) error {
-	if errors.Is(err, context.Canceled) && cmd.Context().Err() != nil {
-		return nil //nolint:nilerr // see above
-	}
-	return err
-}
-
 // PrintError writes err as one to three lines: what failed, on what, and what to do next.
 func PrintError(w io.Writer, program string, err error) {
 	msg := strings.TrimSpace(err.Error())
