@@ -760,11 +760,32 @@ func (a *recovery) rescue(w *sideWriter, r *foundRec) (*sideRec, error) {
 	if err != nil {
 		return nil, again(err)
 	}
+	for _, p := range c.blk.set {
+		if err := a.promise(p); err != nil {
+			return nil, again(err)
+		}
+	}
 	c.pages = r.hdr.Pages()
 	copy(c.mem()[record.HeaderSize:], raw.Bytes()[record.HeaderSize:r.hdr.Size()])
 	c.hdr.Seq, c.hdr.Extents, c.hdr.CRCs = r.hdr.Seq, r.hdr.Extents, r.hdr.CRCs
 	w.close(f, c)
 	return c, nil
+}
+
+// promise has a peer that is not of the old window fenced as well: a copy counts only at a peer that has persisted our
+// epoch (model rule 6).
+func (a *recovery) promise(p torus.PeerID) error {
+	op := a.peers[p]
+	if op == nil {
+		op = &oldPeer{}
+		a.peers[p] = op
+	}
+	if op.answered {
+		return nil
+	}
+	err := a.ask(&torus.Request{Op: torus.OpFence, Epoch: a.f.epoch, Peer: p, Ref: torus.BlockRef{Type: torus.TypeBlock, Volume: a.f.vol}})
+	op.answered = err == nil
+	return err
 }
 
 func (a *recovery) loadLeaves(h *record.Header) error {
