@@ -118,7 +118,7 @@ func (e Etcd) Explain(err error) error {
 	if !errors.Is(err, torus.ErrMetadataUnavailable) {
 		return err
 	}
-	return &torus.Error{Op: "reach", Obj: "etcd at " + e.String(), Err: cause(err),
+	return &torus.Error{Op: "reach", Obj: "etcd", Err: cause(err),
 		Hint: "check that etcd is running there, or give another address with -C (--etcd) HOST:2379"}
 }
 
