@@ -11,7 +11,7 @@ GOLANGCI_LINT         = bin/golangci-lint-$(GOLANGCI_LINT_VERSION)
 # What the tests and the README call besides Go.
 TOOLS = fio nbdkit libnbd-bin qemu-utils qemu-block-extra nbd-client fuse3 xfsprogs e2fsprogs iproute2 iptables
 
-.PHONY: build run test race lint sim bench e2e setup clean
+.PHONY: build run test race lint sim bench bench-compare bench-go e2e setup clean
 
 build:
 	mkdir -p bin
@@ -36,8 +36,21 @@ $(GOLANGCI_LINT):
 	GOBIN=$(CURDIR)/bin go install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT_VERSION)
 	mv bin/golangci-lint $@
 
-bench:
-	go test -run '^$$' -bench . -benchmem ./...
+# A volume against the raw file and QEMU's NBD server, on the disk of --dir: make bench BENCHFLAGS='--help' (docs/performance.md).
+TOOLS += qemu-system-common
+bench: build
+	go build -o bin/bench ./bench
+	bin/bench $(BENCHFLAGS)
+
+# The same, and an earlier commit beside it: make bench-compare OLD=v0.2.0
+bench-compare: build
+	@test -n "$(OLD)" || { echo 'compared with what? make bench-compare OLD=COMMIT' >&2; exit 2; }
+	go build -o bin/bench ./bench
+	bin/bench --old-ref '$(OLD)' $(BENCHFLAGS)
+
+# Go benchmarks, with allocations.
+bench-go:
+	go test -run '^$$' -bench . -benchmem $(PACKAGES)
 
 # Simulated clusters: one seed again with TORUS_SEED=n go test ./sim -run TestSeeds -v
 SEEDS ?= 1000

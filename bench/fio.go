@@ -1,0 +1,119 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+)
+
+const (
+	// fioGrace is what a measurement may take beyond its length: connecting, and draining what is under way.
+	fioGrace  = 60 * time.Second
+	fillLimit = 15 * time.Minute
+)
+
+// fioArgs is the command line that measures the cell on what target names. The same seed gives the same offsets to
+// every contestant.
+func (c cell) fioArgs(target []string, size byteSize, seconds, seed int) []string {
+	args := append([]string{
+		"--name=" + c.Name, "--rw=" + c.rw, "--bs=" + strconv.Itoa(c.blockSize), "--iodepth=" + strconv.Itoa(c.depth),
+		"--size=" + strconv.FormatUint(uint64(size), 10), "--time_based", "--runtime=" + strconv.Itoa(seconds),
+		"--randseed=" + strconv.Itoa(seed), "--norandommap",
+	}, target...)
+	if c.fsync {
+		args = append(args, "--fsync=1")
+	}
+	if c.rw == "randrw" {
+		args = append(args, "--rwmixread=75")
+	}
+	return args
+}
+
+// fillArgs is the command line that writes the whole volume once.
+func fillArgs(target []string, size byteSize) []string {
+	return append([]string{
+		"--name=fill", "--rw=write", "--bs=1M", "--iodepth=8", "--size=" + strconv.FormatUint(uint64(size), 10), "--end_fsync=1",
+	}, target...)
+}
+
+// runFio runs fio with args, in dir, for at most limit.
+func runFio(ctx context.Context, dir string, limit time.Duration, args []string) (fioResult, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	out := filepath.Join(dir, "fio.json")
+	defer os.Remove(out)
+	args = append([]string{"fio", "--thread", "--group_reporting", "--lat_percentiles=1", "--clat_percentiles=0",
+		"--output-format=json+", "--output=" + out}, args...)
+	if _, err := command(ctx, dir, args...); err != nil {
+		return fioResult{}, err
+	}
+	b, err := os.ReadFile(out)
+	if err != nil {
+		return fioResult{}, err
+	}
+	return parseFio(b)
+}
+
+// fioResult is what one run of fio measured.
+type fioResult struct {
+	ops     uint64 // reads and writes
+	bytes   uint64
+	seconds float64
+	latency histogram // of reads and writes, from submission to completion
+	flush   histogram
+}
+
+type fioLatency struct {
+	Bins map[string]uint64 `json:"bins"` // nanoseconds: count
+}
+
+type fioDirection struct {
+	Ops     uint64     `json:"total_ios"`
+	Bytes   uint64     `json:"io_bytes"`
+	Runtime uint64     `json:"runtime"` // ms
+	Latency fioLatency `json:"lat_ns"`
+}
+
+// parseFio reads fio's json+ output of one job.
+func parseFio(b []byte) (fioResult, error) {
+	var out struct {
+		Jobs []struct {
+			Error int          `json:"error"`
+			Read  fioDirection `json:"read"`
+			Write fioDirection `json:"write"`
+			Sync  fioDirection `json:"sync"`
+		} `json:"jobs"`
+	}
+	// Engines put messages before it.
+	b = b[max(0, bytes.IndexByte(b, '{')):]
+	if err := json.NewDecoder(bytes.NewReader(b)).Decode(&out); err != nil {
+		return fioResult{}, fmt.Errorf("output of fio: %w", err)
+	}
+	if len(out.Jobs) != 1 {
+		return fioResult{}, fmt.Errorf("output of fio: %d jobs, not one", len(out.Jobs))
+	}
+	j := out.Jobs[0]
+	if j.Error != 0 {
+		return fioResult{}, fmt.Errorf("fio: I/O error %d", j.Error)
+	}
+	r := fioResult{ops: j.Read.Ops + j.Write.Ops, bytes: j.Read.Bytes + j.Write.Bytes}
+	r.seconds = float64(max(j.Read.Runtime, j.Write.Runtime)) / 1000
+	if r.ops == 0 || r.seconds == 0 {
+		return fioResult{}, errors.New("fio did nothing: give it more --seconds")
+	}
+	for _, l := range []fioLatency{j.Read.Latency, j.Write.Latency} {
+		if err := r.latency.add(l.Bins); err != nil {
+			return fioResult{}, err
+		}
+	}
+	if err := r.flush.add(j.Sync.Latency.Bins); err != nil {
+		return fioResult{}, err
+	}
+	return r, nil
+}

@@ -1,0 +1,75 @@
+package main
+
+import (
+	"slices"
+	"strings"
+	"testing"
+)
+
+// What fio 3.33 prints, shortened to what is read and one thing that is not.
+const fioOutput = `fio: connected to NBD server
+{
+  "fio version" : "fio-3.33",
+  "jobs" : [
+    {
+      "jobname" : "a", "error" : 0,
+      "read" : { "io_bytes" : 65536, "total_ios" : 1, "runtime" : 1999,
+        "lat_ns" : { "min" : 3, "bins" : { "1000" : 1 } } },
+      "write" : { "io_bytes" : 196608, "total_ios" : 3, "runtime" : 2000,
+        "lat_ns" : { "bins" : { "2000" : 2, "9000" : 1 } } },
+      "trim" : { "io_bytes" : 0, "total_ios" : 0, "runtime" : 0, "lat_ns" : { "min" : 0 } },
+      "sync" : { "total_ios" : 2, "lat_ns" : { "bins" : { "70000" : 2 } } }
+    }
+  ]
+}
+fio: good-bye
+`
+
+func TestParseFio(t *testing.T) {
+	r, err := parseFio([]byte(fioOutput))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.ops != 4 || r.bytes != 4*65536 || r.seconds != 2 {
+		t.Errorf("%+v", r)
+	}
+	if p := r.latency.percentiles(); p != (percentiles{2, 9, 9}) {
+		t.Errorf("latency: %+v", p)
+	}
+	if p := r.flush.percentiles(); p != (percentiles{70, 70, 70}) {
+		t.Errorf("flush: %+v", p)
+	}
+	for _, c := range []struct{ old, new, want string }{
+		{`"error" : 0`, `"error" : 28`, "I/O error 28"},
+		{`"total_ios"`, `"x"`, "--seconds"},
+		{`"1000" :`, `"soon" :`, "soon"},
+		{`"jobs"`, `"xobs"`, "0 jobs"},
+		{`{`, `[`, "output of fio"},
+	} {
+		if _, err := parseFio([]byte(strings.ReplaceAll(fioOutput, c.old, c.new))); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s for %s: %v, want something of %q", c.new, c.old, err, c.want)
+		}
+	}
+	if _, err := parseFio(nil); err == nil {
+		t.Error("nothing was taken for a result")
+	}
+}
+
+func TestFioArgs(t *testing.T) {
+	for _, c := range cells() {
+		args := c.fioArgs([]string{"--filename=x"}, 1<<30, 5, 3)
+		for flag, want := range map[string]bool{
+			"--filename=x": true, "--size=1073741824": true, "--runtime=5": true, "--time_based": true, "--randseed=3": true,
+			"--fsync=1": c.Name == "write-4k-fsync", "--rwmixread=75": c.Name == "mixed-64k-64",
+			"--bs=4096": strings.Contains(c.Name, "4k-") && !strings.Contains(c.Name, "64k"), "--bs=65536": c.Name == "mixed-64k-64",
+			"--bs=1048576": strings.Contains(c.Name, "-1m-"), "--iodepth=32": strings.HasSuffix(c.Name, "-32"),
+		} {
+			if slices.Contains(args, flag) != want {
+				t.Errorf("%s: %s is %v in %q", c.Name, flag, !want, args)
+			}
+		}
+		if c.reads() != !strings.HasPrefix(c.Name, "write") {
+			t.Errorf("%s: reads is %v", c.Name, c.reads())
+		}
+	}
+}
