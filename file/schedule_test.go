@@ -35,7 +35,6 @@ type writer struct {
 	*client
 	h        *sim.History
 	inflight map[uint64]bool
-	started  uint64
 	done     map[uint64]bool // acknowledged, out of order of submission
 	frontier uint64
 	flushing int

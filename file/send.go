@@ -86,6 +86,10 @@ func (f *File) nextBlock() bool {
 	if f.blk != nil {
 		f.blk.closed = true
 	}
+	if f.table.full() {
+		f.setFull(true)
+		return false
+	}
 	for i := f.next; i < f.win.hi(); i++ {
 		ref := torus.BlockRef{Type: torus.TypeBlock, Volume: f.vol, INode: torus.INodeID(f.epoch), Index: torus.IndexID(i)}
 		ps := f.win.placement(i)

@@ -36,6 +36,9 @@ func (w *sideWriter) open(f *File, size uint32) (*openBlock, error) {
 	if w.blk != nil && !w.blk.dead && w.blk.end+size <= f.cfg.BlockSize {
 		return w.blk, nil
 	}
+	if f.table.full() {
+		return nil, fmt.Errorf("the volume uses %d blocks, which is all it can list: %w", maxTable, torus.ErrOutOfSpace)
+	}
 	if healthy, usable := f.dist.Room(); usable < f.repl {
 		err := torus.ErrNoPeer
 		if healthy >= f.repl {

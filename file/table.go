@@ -45,7 +45,10 @@ func (t *table) init() {
 	t.setID = map[string]uint16{}
 }
 
-// add lists a block and returns its slot.
+// full reports whether the table cannot list another block: an entry of the map has no more bits for its place.
+func (t *table) full() bool { return len(t.free) == 0 && len(t.e) >= maxTable }
+
+// add lists a block, for which there must be room, and returns its slot.
 func (t *table) add(ref torus.BlockRef, ps *models.PlacementSet, peers torus.PeerList) uint32 {
 	var slot uint32
 	if n := len(t.free); n > 0 {

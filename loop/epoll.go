@@ -227,7 +227,7 @@ func (e *Epoll) post(it incoming) {
 
 	one := uint64(1)
 	// Fails only if the counter is at its end, after 2⁶⁴ wake-ups.
-	unix.RawSyscall(unix.SYS_WRITE, uintptr(e.wakefd), uintptr(unsafe.Pointer(&one)), 8)
+	_, _, _ = unix.RawSyscall(unix.SYS_WRITE, uintptr(e.wakefd), uintptr(unsafe.Pointer(&one)), 8)
 
 	e.in.Lock()
 	e.in.wakers--

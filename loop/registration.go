@@ -62,7 +62,7 @@ func (r *Registration) Remove() {
 		return
 	}
 	// Closing would do in most cases, but not if the description has another descriptor, in a child for example.
-	unix.EpollCtl(r.e.epfd, unix.EPOLL_CTL_DEL, r.fd, nil)
+	_ = unix.EpollCtl(r.e.epfd, unix.EPOLL_CTL_DEL, r.fd, nil)
 	r.e.slots[r.slot] = nil
 	r.e.free = append(r.e.free, r.slot)
 	r.e = nil

@@ -24,7 +24,6 @@ type History struct {
 	zero    map[uint64]bool     // writes of zeroes
 	acked   uint64
 	flushed uint64
-	base    uint64 // everything up to here is known to be in the image for good: a recovery has decided it
 }
 
 // NewHistory returns the history of an empty volume.

@@ -848,7 +848,7 @@ func testRelock(t *testing.T, e *env) {
 	_, err = e.m.Attach(e.ctx, id, e.lease(), holder("b"), false)
 	e.is(err, torus.ErrLocked)
 	// The state is not touched: the writer goes on from what it has.
-	s, err = e.m.Commit(e.ctx, id, s, state(1, 2))
+	_, err = e.m.Commit(e.ctx, id, s, state(1, 2))
 	e.ok(err)
 
 	e.is(e.m.Relock(e.ctx, id, 2, fresh, holder("a")), torus.ErrFenced)

@@ -163,7 +163,7 @@ func (ln *listener) Ready(uint32) {
 		case unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM:
 			// It would be reported again at once, for ever.
 			if ln.reg.Modify(0) == nil {
-				ln.resume = ln.sh.loop.After(acceptPause, func() { ln.reg.Modify(unix.EPOLLIN) })
+				ln.resume = ln.sh.loop.After(acceptPause, func() { _ = ln.reg.Modify(unix.EPOLLIN) })
 			}
 			return
 		default: // that connection is gone; the next one may be well

@@ -22,7 +22,6 @@ type fakeStore struct {
 	seen   []torus.Request // copies, without Data
 	held   int
 	peak   int
-	bytes  int // held
 }
 
 func newFakeStore(l loop.Loop) *fakeStore {

@@ -13,7 +13,7 @@ import (
 // TestHostileReplies: a reply that is not what was asked for ends the connection, and the request with it; both
 // sides learn why.
 func TestHostileReplies(t *testing.T) {
-	const id = 1<<slotBits | 0 // of a connection's first request
+	const id = 1 << slotBits // of a connection's first request
 	rep := func(op torus.Op, f frame) frame {
 		f.op, f.id = uint8(op)|opReply, id
 		return f

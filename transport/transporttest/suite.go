@@ -191,8 +191,7 @@ func testEchoRandom(t *testing.T, w *suite) {
 				s.WriteBuf(bb, n)
 			}
 		}
-		var fill func()
-		fill = func() {
+		fill := func() {
 			for !client.isClosed && sent < total+ahead && sent < received+ahead {
 				n := size()
 				write(client.s, sent, n)
