@@ -111,14 +111,14 @@ func TestBytesOfAllSessionsAreBounded(t *testing.T) {
 		clients = append(clients, r.attached("disk", simply))
 	}
 	for _, c := range clients {
-		for i := range uint64(5) {
+		for i := range uint64(7) {
 			c.request(0, cmdRead, i, 0, 10<<10)
 		}
 	}
 	if len(h.finish) != 10 {
 		t.Fatalf("%d requests of 10 KiB under way", len(h.finish))
 	}
-	for i := 0; i < 25; i++ {
+	for i := 0; i < 35; i++ {
 		r.eventually("a request is let in", func() bool { return len(h.finish) > 0 })
 		if len(h.finish) > 10 {
 			t.Fatalf("%d requests under way", len(h.finish))
@@ -126,7 +126,7 @@ func TestBytesOfAllSessionsAreBounded(t *testing.T) {
 		h.next()
 	}
 	for _, c := range clients {
-		for i := range uint64(5) {
+		for i := range uint64(7) {
 			c.simple(0, i, make([]byte, 10<<10))
 		}
 	}
