@@ -192,7 +192,7 @@ func (s *stream) deliver() {
 		s.r += consumed
 		have -= consumed
 		switch {
-		case s.done != nil:
+		case s.done != nil, s.paused: // when it resumes it is shown what there is
 			s.want = 0
 		case need > maxInputSize:
 			s.fail(fmt.Errorf("receive from %s: %w: a message of %d bytes, the limit is %d", s.remote, torus.ErrInvalid, need, maxInputSize))
