@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -11,7 +12,8 @@ import (
 )
 
 // torusblk is killed in mid-write and the volume attached again, by another torusblk or the same: what was flushed is
-// there (D1), what was acknowledged too, as the peers live (W1), and the whole is a prefix of what was written (C1).
+// there (D1), what was acknowledged too (W1), and the whole is a prefix of what was written (C1). Every fourth time a peer is killed
+// in the same moment and stays away.
 func TestWriterKilled(t *testing.T) {
 	c := sharedCluster(t)
 	volume := c.newVolume(t, "1GiB")
@@ -20,10 +22,15 @@ func TestWriterKilled(t *testing.T) {
 	b := forced
 	conn := dial(t, b.export(volume), startLimit)
 	var slowest, waited time.Duration
-	lost, n := uint64(0), rounds(t, 50)
+	undone, n := uint64(0), rounds(t, 50)
 	for i := range n {
 		stop := w.start(conn)
 		time.Sleep(time.Duration(100+i*37%400) * time.Millisecond)
+		var lost *peer
+		if i%4 == 3 {
+			lost = c.peers[i/4%3]
+			lost.signal(syscall.SIGKILL)
+		}
 		b.kill()
 		killed := time.Now()
 		stop() //nolint:errcheck // its server was killed
@@ -47,15 +54,19 @@ func TestWriterKilled(t *testing.T) {
 		}
 		w.settle(t, conn, true)
 		now, _, _ := w.counts()
-		lost += last - now
+		undone += last - now
 		t.Logf("round %d: %d writes, %d acknowledged, %d flushed; %d after the attach", i+1, last, acked, flushed, now)
 		if t.Failed() {
 			return
 		}
+		if lost != nil {
+			lost.wait() //nolint:errcheck // it was killed
+			lost.start(t)
+		}
 	}
 	conn.Close()
 	t.Logf("ATTACH %d kills: at most %v with --force, %v from the kill without; %d unacknowledged writes lost in all",
-		n, slowest.Round(time.Millisecond), waited.Round(time.Millisecond), lost)
+		n, slowest.Round(time.Millisecond), waited.Round(time.Millisecond), undone)
 }
 
 // What an attach has decided stays decided: attached again and again, with nothing written, the volume reads the same (C1).
@@ -184,4 +195,33 @@ func TestFrozenWriter(t *testing.T) {
 		conn.Close()
 		second.Close()
 	}
+}
+
+// A client that reconnects sends again what was not answered, and nothing else: so what was acknowledged must be there after
+// each restart of torusblk (W1), and the client sees no error.
+func TestReconnectingClient(t *testing.T) {
+	const writes = 60000
+	c := sharedCluster(t)
+	volume := c.newVolume(t, "256MiB")
+	b := c.newBlk(t, "--force")
+	dial(t, b.export(volume), startLimit).Close()
+	bench := newProcess(c.dir, "qemu-img", "qemu-img", "bench", "-t", "none", "-w", "-c", fmt.Sprint(writes), "-d", "16", "-s", "4096", "--pattern=90",
+		"--image-opts", "driver=raw,file.driver=nbd,file.server.type=unix,file.server.path="+b.socket+",file.export="+volume+",file.reconnect-delay=30")
+	bench.start(t)
+	t.Cleanup(bench.kill)
+	restarts := 0
+	for bench.alive() && restarts < 10 {
+		time.Sleep(300 * time.Millisecond)
+		b.kill()
+		b.serve(t)
+		restarts++
+	}
+	if err := bench.wait(); err != nil {
+		t.Errorf("qemu-img bench: %v\n%s", err, bench.tail(10))
+	}
+	t.Logf("%d writes over %d restarts", writes, restarts)
+	if restarts < 2 {
+		t.Error("the client was done too soon to be a test")
+	}
+	tool(t, "qemu-io", "-f", "raw", "-c", fmt.Sprintf("read -P 90 0 %d", writes*pageSize), b.export(volume).URI())
 }

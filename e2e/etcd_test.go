@@ -35,11 +35,11 @@ func testEtcdAway(t *testing.T, away, back func(*process)) {
 	time.Sleep(5 * time.Second) // the window grows with the load
 	t.Logf("before: %v", s.look())
 
+	before := c.volume(t, volume)
 	away(c.etcd)
 	time.Sleep(gone)
 	out := s.look()
 	back(c.etcd)
-	returned := time.Now()
 	t.Logf("STALL etcd away for %v: %v", gone, out)
 	if out.max() > limit {
 		t.Errorf("etcd away stalled I/O for %v, more than %v", out.max(), limit)
@@ -50,7 +50,7 @@ func testEtcdAway(t *testing.T, away, back func(*process)) {
 	c.waitEtcd(t)
 	healthy := c.waitHealthy(t, 30*time.Second)
 	took := eventually(t, 45*time.Second, "a checkpoint is made", func() error {
-		if v := c.volume(t, volume); v.Checkpoint == nil || v.Checkpoint.Before(returned) {
+		if v := c.volume(t, volume); v.Checkpoint == nil || before.Checkpoint != nil && v.Checkpoint.Equal(*before.Checkpoint) {
 			return errNotYet
 		}
 		return nil
