@@ -365,7 +365,7 @@ func (f *File) freezeTable(z *frozen) error {
 func (f *File) finishInode(z *frozen, r *sideRec, pages int) {
 	n := &models.INode{
 		Format: 1, Volume: uint64(f.vol), Epoch: f.epoch, Number: f.number, Seq: f.applied, SizeBytes: f.size,
-		Table: f.table.pages, Sets: f.table.sets, NextData: f.next, NextMeta: f.meta.next,
+		Table: f.table.pages, Sets: f.table.sets,
 	}
 	for i := range f.m.top {
 		n.Top = append(n.Top, uint64(f.m.top[i].ptr))

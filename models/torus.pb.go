@@ -990,11 +990,9 @@ type INode struct {
 	Number        uint64                 `protobuf:"varint,4,opt,name=number,proto3" json:"number,omitempty"`
 	Seq           uint64                 `protobuf:"varint,5,opt,name=seq,proto3" json:"seq,omitempty"` // the last record it covers
 	SizeBytes     uint64                 `protobuf:"varint,6,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
-	Top           []uint64               `protobuf:"fixed64,7,rep,packed,name=top,proto3" json:"top,omitempty"`                    // map entries of the interior nodes, one a GiB
-	Table         []*Extent              `protobuf:"bytes,8,rep,name=table,proto3" json:"table,omitempty"`                         // the block table's pages, in order
-	Sets          []*PlacementSet        `protobuf:"bytes,9,rep,name=sets,proto3" json:"sets,omitempty"`                           // what the table's entries refer to
-	NextData      uint64                 `protobuf:"varint,10,opt,name=next_data,json=nextData,proto3" json:"next_data,omitempty"` // first data block index not used by this epoch
-	NextMeta      uint64                 `protobuf:"varint,11,opt,name=next_meta,json=nextMeta,proto3" json:"next_meta,omitempty"` // the same for blocks of type INode
+	Top           []uint64               `protobuf:"fixed64,7,rep,packed,name=top,proto3" json:"top,omitempty"` // map entries of the interior nodes, one a GiB
+	Table         []*Extent              `protobuf:"bytes,8,rep,name=table,proto3" json:"table,omitempty"`      // the block table's pages, in order
+	Sets          []*PlacementSet        `protobuf:"bytes,9,rep,name=sets,proto3" json:"sets,omitempty"`        // what the table's entries refer to
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1090,20 +1088,6 @@ func (x *INode) GetSets() []*PlacementSet {
 		return x.Sets
 	}
 	return nil
-}
-
-func (x *INode) GetNextData() uint64 {
-	if x != nil {
-		return x.NextData
-	}
-	return 0
-}
-
-func (x *INode) GetNextMeta() uint64 {
-	if x != nil {
-		return x.NextMeta
-	}
-	return 0
 }
 
 var File_models_torus_proto protoreflect.FileDescriptor
@@ -1205,7 +1189,7 @@ const file_models_torus_proto_rawDesc = "" +
 	"\toverrides\x18\x05 \x03(\v2\x1b.models.Span.OverridesEntryR\toverrides\x1aR\n" +
 	"\x0eOverridesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\x04R\x03key\x12*\n" +
-	"\x05value\x18\x02 \x01(\v2\x14.models.PlacementSetR\x05value:\x028\x01\"\xb2\x02\n" +
+	"\x05value\x18\x02 \x01(\v2\x14.models.PlacementSetR\x05value:\x028\x01\"\xf8\x01\n" +
 	"\x05INode\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x16\n" +
 	"\x06volume\x18\x02 \x01(\x04R\x06volume\x12\x14\n" +
@@ -1216,10 +1200,7 @@ const file_models_torus_proto_rawDesc = "" +
 	"size_bytes\x18\x06 \x01(\x04R\tsizeBytes\x12\x10\n" +
 	"\x03top\x18\a \x03(\x06R\x03top\x12$\n" +
 	"\x05table\x18\b \x03(\v2\x0e.models.ExtentR\x05table\x12(\n" +
-	"\x04sets\x18\t \x03(\v2\x14.models.PlacementSetR\x04sets\x12\x1b\n" +
-	"\tnext_data\x18\n" +
-	" \x01(\x04R\bnextData\x12\x1b\n" +
-	"\tnext_meta\x18\v \x01(\x04R\bnextMetaB Z\x1egithub.com/coreos/torus/modelsb\x06proto3"
+	"\x04sets\x18\t \x03(\v2\x14.models.PlacementSetR\x04setsB Z\x1egithub.com/coreos/torus/modelsb\x06proto3"
 
 var (
 	file_models_torus_proto_rawDescOnce sync.Once
