@@ -371,7 +371,7 @@ func (w *world) check(mem *vfs.Mem, killed bool) (tails map[torus.BlockRef]torus
 
 // Small workloads, cut at every single point at which anything on the medium changes, several times each (D1, D2).
 func TestCrashEverywhere(t *testing.T) {
-	seeds := uint64(25)
+	seeds := uint64(14)
 	if testing.Short() {
 		seeds = 5
 	}
@@ -411,7 +411,7 @@ func TestCrashEverywhere(t *testing.T) {
 
 // Long histories through many power cuts and process kills: each time the store goes on from what was left.
 func TestCrashAgainAndAgain(t *testing.T) {
-	seeds := uint64(40)
+	seeds := uint64(30)
 	if testing.Short() {
 		seeds = 8
 	}
