@@ -418,7 +418,7 @@ var conformance = []struct {
 		c.silent()
 		for _, i := range []uint64{1, 2, 0} {
 			h.finish[i]()
-			c.simple(0, i, string("abcdef"[2*i:2*i+2]))
+			c.simple(0, i, "abcdef"[2*i:2*i+2])
 		}
 	}},
 	{"simple reply", "READ carries the data, an error carries none", func(r *rig) {

@@ -225,7 +225,7 @@ func enterExport(ctx context.Context, conn net.Conn, export string) (size, flags
 	if len(export) > maxString {
 		return 0, 0, fmt.Errorf("a name of %d bytes; NBD allows %d", len(export), maxString)
 	}
-	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	defer func() {
 		if !stop() && err == nil {
 			err = ctx.Err()

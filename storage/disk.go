@@ -122,8 +122,6 @@ type file struct {
 	sync group
 }
 
-func (f *file) full() bool { return len(f.ready)+len(f.raw) == 0 }
-
 // place is where a slot begins in its file.
 func (d *Disk) place(s uint32) (*file, int64) {
 	f := d.files[d.slots[s].file]

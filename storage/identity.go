@@ -124,7 +124,7 @@ func create(fsys vfs.FS, id Identity) error {
 	if err != nil {
 		return err
 	}
-	defer unlock()
+	defer func() { _ = unlock() }()
 	old, err := ReadIdentity(fsys)
 	if err == nil {
 		return fmt.Errorf("the directory belongs to %v: %w", old, torus.ErrExists)
@@ -199,7 +199,7 @@ func writeFile(fsys vfs.FS, name string, fill func(vfs.File) error) error {
 		err = cerr
 	}
 	if err != nil {
-		fsys.Remove(tmp) // its space may be what is missing
+		_ = fsys.Remove(tmp) // its space may be what is missing
 		return err
 	}
 	if err := fsys.Rename(tmp, name); err != nil {

@@ -87,11 +87,11 @@ func openDisk(cfg Config) (_ *Disk, err error) {
 	d.index.slots = &d.slots
 	d.grow.d, d.writer = d, prewriter{d: d, slot: noSlot}
 	if d.metrics, err = newMetrics(cfg.Registerer); err != nil {
-		unlock()
+		_ = unlock()
 		return nil, err
 	}
 	if err = d.recover(cfg.SizeBytes); err != nil {
-		d.release()
+		_ = d.release()
 		return nil, err
 	}
 	d.metrics.blocks.Set(float64(d.taken))

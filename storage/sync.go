@@ -197,7 +197,7 @@ func (d *Disk) observeSync(f vfs.File) {
 func (f *file) closeSync() error {
 	g, d := &f.sync, f.d
 	if f.err != nil {
-		return nil // said already
+		return nil //nolint:nilerr // said already
 	}
 	var err error
 	if g.running && g.err != nil && g.err != torus.ErrClosed {
