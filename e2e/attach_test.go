@@ -12,8 +12,9 @@ import (
 )
 
 // torusblk is killed in mid-write and the volume attached again, by another torusblk or the same: what was flushed is
-// there (D1), what was acknowledged too (W1), and the whole is a prefix of what was written (C1). Every fourth time a peer is killed
-// in the same moment and stays away.
+// there (D1), what was acknowledged too (W1), and the whole is a prefix of what was written (C1). Every other time a peer is lost
+// in the same moment and stays away; and before every second of these another peer is silent for a while: a write that only
+// waits in a socket for it must not have been acknowledged.
 func TestWriterKilled(t *testing.T) {
 	c := sharedCluster(t)
 	volume := c.newVolume(t, "1GiB")
@@ -26,19 +27,27 @@ func TestWriterKilled(t *testing.T) {
 	for i := range n {
 		stop := w.start(conn)
 		time.Sleep(time.Duration(100+i*37%400) * time.Millisecond)
-		var lost *peer
-		if i%4 == 3 {
+		var lost, silent *peer
+		if i%4 == 1 {
+			silent = c.peers[(i/4+1)%3]
+			silent.freeze()
+			time.Sleep(500 * time.Millisecond)
+		}
+		if i%2 == 1 {
 			lost = c.peers[i/4%3]
 			lost.signal(syscall.SIGKILL)
 		}
 		b.kill()
 		killed := time.Now()
+		if silent != nil {
+			silent.thaw()
+		}
 		stop() //nolint:errcheck // its server was killed
 		w.mustBeRight(t)
 		conn.Close()
 		last, acked, flushed := w.counts()
 		b.serve(t)
-		if i%12 == 5 {
+		if i%12 == 6 {
 			// Without --force the attach has to wait for the lease of the one that was killed, and no longer.
 			b = plain
 			if !plain.alive() {
@@ -62,6 +71,7 @@ func TestWriterKilled(t *testing.T) {
 		if lost != nil {
 			lost.wait() //nolint:errcheck // it was killed
 			lost.start(t)
+			c.waitHealthy(t, startLimit)
 		}
 	}
 	conn.Close()
@@ -194,6 +204,65 @@ func TestFrozenWriter(t *testing.T) {
 		w2.mustEqual(t, second)
 		conn.Close()
 		second.Close()
+	}
+}
+
+// L1: a writer that is cut off from etcd, and not from the peers, while the volume is attached elsewhere: once that attach serves,
+// the old writer's client gets errors within 2 s, and all that it was ever told to be written is part of what is served.
+func TestCutOffWriter(t *testing.T) {
+	t.Run("steady", func(t *testing.T) { testCutOffWriter(t, 3*time.Millisecond) })
+	// As fast as it goes, the registered window is full before the lease has run out, and the writer waits for etcd.
+	t.Run("stalled", func(t *testing.T) { testCutOffWriter(t, 0) })
+}
+
+func testCutOffWriter(t *testing.T, pace time.Duration) {
+	const knows = 2 * time.Second
+	c := sharedCluster(t)
+	volume := c.newVolume(t, "256MiB")
+	toEtcd := startProxy(t, c.etcdURL)
+	old := c.newBlkAt(t, toEtcd.addr)
+	w := newStamper(51, 0, 8192, 32)
+	w.pace = pace
+	conn := dial(t, old.export(volume), startLimit)
+	defer conn.Close()
+	stop := w.start(conn)
+	time.Sleep(500 * time.Millisecond)
+	toEtcd.set(true)
+	cut := time.Now()
+	next := c.newBlk(t)
+	second := dial(t, next.export(volume), leaseTime+5*time.Second)
+	defer second.Close()
+	attached := time.Now()
+	w.mu.Lock()
+	t.Logf("attached elsewhere %v after the first was cut off from etcd; its last success %v before", attached.Sub(cut).Round(time.Millisecond),
+		attached.Sub(w.lastOK).Round(time.Millisecond))
+	w.mu.Unlock()
+	eventually(t, knows, "the old writer's client gets an error", func() error {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if w.err == nil {
+			return errNotYet
+		}
+		return nil
+	})
+	stop() //nolint:errcheck // that it failed is known
+	w.mustBeRight(t)
+	last, acked, flushed := w.counts()
+	w.mu.Lock()
+	t.Logf("FENCED (etcd cut): the old writer's client had %v, %v after the attach", w.err, w.failed.Sub(attached).Round(time.Millisecond))
+	w.mu.Unlock()
+	old.waitPrinted(t, 0, knows, fmt.Sprintf(`fenced.*epoch %d`, c.volume(t, volume).Epoch))
+	w.settle(t, second, true)
+	now, _, _ := w.counts()
+	t.Logf("%d writes, %d acknowledged, %d flushed; %d served", last, acked, flushed, now)
+	w.pace = 0
+	for range 3 {
+		if err := conn.WriteAt(make([]byte, pageSize), 0, nbdclient.FUA); err == nil {
+			t.Error("L1: the old writer's client was told of a success")
+		}
+		w.runFor(t, second, 300*time.Millisecond)
+		w.mustEqual(t, second)
+		toEtcd.set(false) // nor does it come back to life
 	}
 }
 

@@ -306,9 +306,15 @@ func (c *cluster) newVolume(t *testing.T, size string) string {
 // newBlk starts a torusblk; flags are global ones, such as --force. It waits until it listens.
 func (c *cluster) newBlk(t *testing.T, flags ...string) *blk {
 	t.Helper()
+	return c.newBlkAt(t, c.etcdURL, flags...)
+}
+
+// newBlkAt is newBlk with another way to etcd.
+func (c *cluster) newBlkAt(t *testing.T, etcd string, flags ...string) *blk {
+	t.Helper()
 	name := fmt.Sprintf("blk%d", len(c.blks)+1)
 	b := &blk{socket: filepath.Join(c.dir, name+".sock")}
-	args := append([]string{program(t, "torusblk"), "-C", c.etcdURL}, flags...)
+	args := append([]string{program(t, "torusblk"), "-C", etcd}, flags...)
 	b.process = newProcess(c.dir, name, append(args, "nbdserve", "-l", "unix:"+b.socket)...)
 	c.blks = append(c.blks, b)
 	b.serve(t)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -19,8 +20,8 @@ func TestEtcdStopped(t *testing.T) {
 
 func TestEtcdKilled(t *testing.T) {
 	testEtcdAway(t, (*process).kill, func(p *process) {
-		if err := p.tryStart(); err != nil {
-			t.Fatal(err)
+		if !p.alive() {
+			p.start(t)
 		}
 	})
 }
@@ -36,6 +37,11 @@ func testEtcdAway(t *testing.T, away, back func(*process)) {
 	t.Logf("before: %v", s.look())
 
 	before := c.volume(t, volume)
+	t.Cleanup(func() {
+		if t.Failed() {
+			back(c.etcd) // the volume is to be released
+		}
+	})
 	away(c.etcd)
 	time.Sleep(gone)
 	out := s.look()
@@ -79,4 +85,34 @@ func testEtcdAway(t *testing.T, away, back func(*process)) {
 	if b, err := os.ReadFile(b.log); err == nil && strings.Contains(string(b), "panic") {
 		t.Error("torusblk panicked")
 	}
+}
+
+// With etcd away, torusblk still ends when it is told to, after the patience it has; what it has flushed is there afterwards.
+func TestStopWithoutEtcd(t *testing.T) {
+	const patience = 20 * time.Second
+	c := sharedCluster(t)
+	volume := c.newVolume(t, "64MiB")
+	b := c.newBlk(t)
+	conn := dial(t, b.export(volume), startLimit)
+	w := newStamper(61, 0, 4096, 16)
+	w.runFor(t, conn, 300*time.Millisecond)
+	w.flush(t, conn)
+	t.Cleanup(c.etcd.thaw)
+	c.etcd.freeze()
+	w.runFor(t, conn, 100*time.Millisecond)
+	w.flush(t, conn)
+	b.signal(syscall.SIGTERM)
+	took := eventually(t, patience, "torusblk ends", func() error {
+		if b.alive() {
+			return errNotYet
+		}
+		return nil
+	})
+	t.Logf("torusblk ended %v after SIGTERM: %v", took.Round(time.Millisecond), b.wait())
+	conn.Close()
+	c.etcd.thaw()
+	c.waitEtcd(t)
+	conn = dial(t, c.newBlk(t, "--force").export(volume), startLimit)
+	defer conn.Close()
+	w.settle(t, conn, true)
 }

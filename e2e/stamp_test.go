@@ -26,8 +26,9 @@ const (
 // Requests enter the log in the order in which one connection sends them, so one goroutine numbers and sends them; two
 // writes to one page are never under way at once.
 type stamper struct {
-	first, pages uint64 // the region, in pages
-	depth        int    // requests under way
+	first, pages uint64        // the region, in pages
+	depth        int           // requests under way
+	pace         time.Duration // between a request and the next
 
 	rng *rand.Rand
 
@@ -126,6 +127,9 @@ func (s *stamper) next(c *nbdclient.Conn, quit chan struct{}) bool {
 		<-s.slots // all pages busy; rare
 	} else {
 		c.Start(op)
+	}
+	if s.pace > 0 {
+		time.Sleep(s.pace)
 	}
 	return true
 }
