@@ -381,7 +381,9 @@ func (d *Directory) Shutdown(done func(error)) {
 		lease := d.lease
 		d.mu.Unlock()
 		d.call(func(ctx context.Context) {
-			_ = d.cfg.MDS.RevokeLease(ctx, lease) // else it expires
+			if !errors.Is(first, torus.ErrMetadataUnavailable) {
+				_ = d.cfg.MDS.RevokeLease(ctx, lease) // else it expires
+			}
 			d.cancel()
 			d.wg.Wait()
 		}, func() { done(first) })

@@ -2,6 +2,7 @@ package file
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -21,13 +22,12 @@ func (f *File) close(t *loop.Task) error {
 	if f.closing {
 		return torus.ErrClosed
 	}
-	f.closing = true
+	f.closing, f.closeBy = true, f.loop.Now()+closePatience
 	if f.building != nil {
 		f.seal()
 	}
-	deadline := f.loop.Now() + closePatience
 	for f.err == nil && (f.applied < f.last || f.checkpointing || len(f.waiting) > 0 || len(f.blocked) > 0) {
-		if f.loop.Now() >= deadline {
+		if f.loop.Now() >= f.closeBy {
 			break
 		}
 		if f.held > f.flushed {
@@ -57,6 +57,9 @@ func (f *File) close(t *loop.Task) error {
 	f.stop()
 	if f.err == nil {
 		f.fail(device.ErrShutdown)
+	}
+	if errors.Is(err, torus.ErrMetadataUnavailable) {
+		return err // its lease ends the holding
 	}
 	t.Call(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), mdsTimeout)

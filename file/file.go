@@ -21,6 +21,7 @@
 package file
 
 import (
+	"errors"
 	"log/slog"
 	"time"
 
@@ -158,6 +159,8 @@ type File struct {
 	lastCkpt      time.Duration
 	number        uint64 // of the newest INode
 	closing       bool
+	closeBy       time.Duration // loop time at which a close gives up
+	probed        uint64        // what had been sent at the last tick
 	closed        bool
 	err           error // failed for good
 	tick          *loop.Timer
@@ -268,9 +271,35 @@ func (f *File) housekeeping() {
 	if f.held > f.flushed {
 		f.startSync()
 	}
+	f.probe()
 	f.maybeCheckpoint()
 	f.maybeExtend()
 	f.pump()
+}
+
+// probe asks, when nothing else has for a second, the peers of a block of the window whether this epoch is still obeyed. A writer
+// that is cut off from the MDS, and has nothing to write or cannot, would else serve old contents without knowing: whoever
+// attached since has been promised obedience by at least one peer of every block of the window.
+func (f *File) probe() {
+	sent := f.stats.LogBytes + f.stats.Syncs
+	if sent != f.probed {
+		f.probed = sent
+		return
+	}
+	ref := torus.BlockRef{Type: torus.TypeBlock, Volume: f.vol, INode: torus.INodeID(f.epoch), Index: torus.IndexID(f.next)}
+	var set torus.PeerList
+	if f.blk != nil {
+		ref, set = f.blk.ref, f.blk.set
+	} else if ps := f.win.placement(f.next); ps != nil {
+		set = f.dist.Set(ref, ps)
+	}
+	for _, p := range set {
+		f.dist.Submit(p, &torus.Request{Op: torus.OpRead, Ref: ref, Epoch: f.epoch, Peer: p, Done: func(r *torus.Request) {
+			if errors.Is(r.Err, torus.ErrFenced) && f.err == nil {
+				f.fenced(r.Fence)
+			}
+		}})
+	}
 }
 
 // Close flushes, checkpoints and gives the volume up. Requests under way are completed first; new ones are refused.

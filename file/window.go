@@ -3,6 +3,7 @@ package file
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/coreos/torus"
@@ -232,6 +233,9 @@ func (f *File) commit(t *loop.Task, change func(*models.VolumeState)) error {
 		case errors.Is(err, torus.ErrNotExist):
 			f.fail(&torus.Error{Op: "commit", Obj: "volume " + f.cfg.Volume.Name, Err: err, Hint: "The volume has been deleted."})
 			return f.err
+		}
+		if f.closing && f.loop.Now() >= f.closeBy {
+			return fmt.Errorf("%w: %w", torus.ErrMetadataUnavailable, err) // whether it was made or not, the next attach finds out
 		}
 		if !warned {
 			warned = true
