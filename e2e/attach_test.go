@@ -30,6 +30,8 @@ func TestWriterKilled(t *testing.T) {
 		var lost, silent *peer
 		if i%4 == 1 {
 			silent = c.peers[(i/4+1)%3]
+			w.setOnlyWrites(true)
+			time.Sleep(50 * time.Millisecond)
 			silent.freeze()
 			time.Sleep(500 * time.Millisecond)
 		}
@@ -41,13 +43,14 @@ func TestWriterKilled(t *testing.T) {
 		killed := time.Now()
 		if silent != nil {
 			silent.thaw()
+			w.setOnlyWrites(false)
 		}
 		stop() //nolint:errcheck // its server was killed
 		w.mustBeRight(t)
 		conn.Close()
 		last, acked, flushed := w.counts()
 		b.serve(t)
-		if i%12 == 6 {
+		if i%24 == 6 {
 			// Without --force the attach has to wait for the lease of the one that was killed, and no longer.
 			b = plain
 			if !plain.alive() {

@@ -29,6 +29,7 @@ type stamper struct {
 	first, pages uint64        // the region, in pages
 	depth        int           // requests under way
 	pace         time.Duration // between a request and the next
+	onlyWrites   bool          // no reads, no flushes: nothing that waits for the slowest peer. Guarded by mu
 
 	rng *rand.Rand
 
@@ -81,6 +82,12 @@ func (s *stamper) start(c *nbdclient.Conn) (stop func() error) {
 		defer s.mu.Unlock()
 		return s.err
 	}
+}
+
+func (s *stamper) setOnlyWrites(on bool) {
+	s.mu.Lock()
+	s.onlyWrites = on
+	s.mu.Unlock()
 }
 
 // runFor writes for some time without any error.
@@ -137,6 +144,9 @@ func (s *stamper) next(c *nbdclient.Conn, quit chan struct{}) bool {
 // plan chooses the next request and notes it in the history. nil: no free pages were found.
 func (s *stamper) plan() *nbdclient.Op {
 	kind := s.rng.IntN(100)
+	if s.onlyWrites {
+		kind = 28 + kind%72
+	}
 	if kind < 6 {
 		acked := s.hist.Acked()
 		return &nbdclient.Op{Cmd: nbdclient.Flush, Done: func(op *nbdclient.Op) {
