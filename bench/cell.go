@@ -66,8 +66,11 @@ func choose(all []string, list string) ([]string, error) {
 	return slices.DeleteFunc(slices.Clone(all), func(name string) bool { return !slices.Contains(want, name) }), nil
 }
 
-// reads says whether the cell reads, and hence begins with cold caches.
+// reads says whether the cell reads at all, and hence begins with empty caches.
 func (c cell) reads() bool { return c.rw != "write" && c.rw != "randwrite" }
+
+// cold says whether nothing the cell reads is in a cache: it ends when all has been read, if that comes before its time.
+func (c cell) cold() bool { return c.rw == "read" || c.rw == "randread" }
 
 // rate is the figure of the cell: operations, or 10⁶ bytes, a second.
 func (c cell) rate(s sample) float64 {

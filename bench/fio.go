@@ -23,9 +23,12 @@ const (
 func (c cell) fioArgs(target []string, size byteSize, seconds, seed int) []string {
 	args := append([]string{
 		"--name=" + c.Name, "--rw=" + c.rw, "--bs=" + strconv.Itoa(c.blockSize), "--iodepth=" + strconv.Itoa(c.depth),
-		"--size=" + strconv.FormatUint(uint64(size), 10), "--time_based", "--runtime=" + strconv.Itoa(seconds),
-		"--randseed=" + strconv.Itoa(seed), "--norandommap",
+		"--size=" + strconv.FormatUint(uint64(size), 10), "--runtime=" + strconv.Itoa(seconds),
+		"--randseed=" + strconv.Itoa(seed),
 	}, target...)
+	if !c.cold() {
+		args = append(args, "--time_based", "--norandommap")
+	} // else nothing is read twice: it would come from somebody's cache
 	if c.fsync {
 		args = append(args, "--fsync=1")
 	}

@@ -59,7 +59,7 @@ func TestFioArgs(t *testing.T) {
 	for _, c := range cells() {
 		args := c.fioArgs([]string{"--filename=x"}, 1<<30, 5, 3)
 		for flag, want := range map[string]bool{
-			"--filename=x": true, "--size=1073741824": true, "--runtime=5": true, "--time_based": true, "--randseed=3": true,
+			"--filename=x": true, "--size=1073741824": true, "--runtime=5": true, "--time_based": !strings.HasPrefix(c.Name, "read"), "--norandommap": !strings.HasPrefix(c.Name, "read"), "--randseed=3": true,
 			"--fsync=1": c.Name == "write-4k-fsync", "--rwmixread=75": c.Name == "mixed-64k-64",
 			"--bs=4096": strings.Contains(c.Name, "4k-") && !strings.Contains(c.Name, "64k"), "--bs=65536": c.Name == "mixed-64k-64",
 			"--bs=1048576": strings.Contains(c.Name, "-1m-"), "--iodepth=32": strings.HasSuffix(c.Name, "-32"),

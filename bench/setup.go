@@ -67,7 +67,7 @@ func (o *options) peerBytes() byteSize {
 	}
 	log := byteSize(0)
 	for _, c := range o.cells {
-		if c.rw != "read" && c.rw != "randread" {
+		if !c.cold() {
 			log += byteSize(o.seconds) * logBytesPerSecond
 		}
 	}
