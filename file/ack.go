@@ -32,6 +32,11 @@ func (f *File) replicaFailed(q *torus.Request, b *openBlock) {
 		f.fenced(q.Fence)
 		return
 	}
+	if errors.Is(q.Err, torus.ErrInvalid) {
+		// Not the replica is at fault but what it was sent; another would say the same.
+		f.fail(fmt.Errorf("%v of %d bytes at %d to %v refused by peer %v: %w", q.Op, q.Len, q.Off, q.Ref, q.Peer, q.Err))
+		return
+	}
 	if errors.Is(q.Err, torus.ErrOutOfSpace) {
 		f.dist.MarkFull(q.Peer)
 	}

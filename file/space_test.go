@@ -92,3 +92,17 @@ func TestTooFewPeers(t *testing.T) {
 		t.Fatalf("not done though two peers are back: %v %v", finished, q.Err)
 	}
 }
+
+// A write larger than a block is cut to fit.
+func TestWriteLargerThanBlock(t *testing.T) {
+	r := newRig(t, 1, 3, 2, 8<<20)
+	c := r.attach(nil)
+	b := bytes.Repeat([]byte{9}, 3<<20)
+	c.must(&device.Request{Op: device.Write, Off: 4096, Data: b, Flags: device.FUA})
+	got := make([]byte, len(b))
+	c.must(&device.Request{Op: device.Read, Off: 4096, Data: got})
+	if !bytes.Equal(got, b) {
+		t.Fatal("it is not what was written")
+	}
+	c.detach()
+}

@@ -336,7 +336,7 @@ func (f *File) room(pages int) *rec {
 		}
 		f.seal()
 	}
-	most := record.MaxPages
+	most := min(record.MaxPages, int(f.cfg.BlockSize)/pageSize-1)
 	if f.blk != nil && !f.blk.closed && f.sent == f.last {
 		// Fill the open block to its end, if what is left is of any use; else the record goes to the next.
 		if left := int(f.cfg.BlockSize-f.blk.end)/pageSize - 1; left >= need {
