@@ -192,12 +192,21 @@ func TestRot(t *testing.T) {
 // Rot on every peer, but of each page one copy at most: all of it can still be read, also after the peers have read
 // their files anew (D3: what cannot be verified is no reason to forget what can).
 func TestRotEverywhere(t *testing.T) {
+	t.Run("sealed", func(t *testing.T) { testRotEverywhere(t, false) })
+	// The blocks of a volume that is attached are still open for a while.
+	t.Run("open", func(t *testing.T) { testRotEverywhere(t, true) })
+}
+
+func testRotEverywhere(t *testing.T, attached bool) {
 	c := ownCluster(t)
 	volume := c.newVolume(t, "192MiB")
 	dir := tempDir(t)
 	in, out := filepath.Join(dir, "in"), filepath.Join(dir, "out")
 	image(t, in, 4)
 	b := c.newBlk(t)
+	if attached {
+		defer dial(t, b.export(volume), startLimit).Close()
+	}
 	tool(t, "nbdcopy", "--flush", in, b.export(volume).URI())
 	for i, p := range c.peers {
 		flipped := 0
