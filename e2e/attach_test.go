@@ -232,7 +232,12 @@ func testCutOffWriter(t *testing.T, pace time.Duration) {
 	time.Sleep(500 * time.Millisecond)
 	toEtcd.set(true)
 	cut := time.Now()
-	next := c.newBlk(t)
+	var flags []string
+	if pace == 0 {
+		time.Sleep(3 * time.Second) // what the lease's end adds is seen in the other one
+		flags = []string{"--force"}
+	}
+	next := c.newBlk(t, flags...)
 	second := dial(t, next.export(volume), leaseTime+5*time.Second)
 	defer second.Close()
 	attached := time.Now()

@@ -125,7 +125,7 @@ func TestPeerLoss(t *testing.T) {
 			p := c.peers[i%3]
 			s.look()
 			fault.hurt(p.process)
-			time.Sleep(2500 * time.Millisecond)
+			time.Sleep(2 * time.Second)
 			down := s.look()
 			fault.mend(p.process)
 			healthy := c.waitHealthy(t, 30*time.Second)
