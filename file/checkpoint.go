@@ -108,7 +108,7 @@ func (f *File) checkpoint(t *loop.Task, change func(*models.VolumeState)) error 
 }
 
 // sealBlocks tells the peers of blocks that will never be appended to again how long they are: data blocks below the window
-// that has been committed, and metadata blocks but the present one. A hint: a sealed block is trusted by its
+// that has been committed (full ones have been sealed as soon as they were flushed), and metadata blocks but the present one. A hint: a sealed block is trusted by its
 // entry, so that a peer that starts need not read it, nor take rot in it for its end.
 func (f *File) sealBlocks(lo uint64) {
 	for i := range f.table.e {
@@ -123,14 +123,19 @@ func (f *File) sealBlocks(lo uint64) {
 		case uint64(e.ref.INode) == f.epoch && uint64(e.ref.Index) >= lo:
 			continue
 		}
-		e.sealed = true
-		for _, p := range e.peers {
-			f.dist.Submit(p, &torus.Request{Op: torus.OpSeal, Ref: e.ref, Epoch: f.epoch, Len: e.length * pageSize, Peer: p, Done: func(r *torus.Request) {
-				if r.Err != nil {
-					f.log.Debug("seal", "block", r.Ref.String(), "peer", r.Peer, "err", r.Err)
-				}
-			}})
-		}
+		f.sealBlock(uint32(i), e.length*pageSize)
+	}
+}
+
+func (f *File) sealBlock(slot, length uint32) {
+	e := &f.table.e[slot]
+	e.sealed = true
+	for _, p := range e.peers {
+		f.dist.Submit(p, &torus.Request{Op: torus.OpSeal, Ref: e.ref, Epoch: f.epoch, Len: length, Peer: p, Done: func(r *torus.Request) {
+			if r.Err != nil {
+				f.log.Debug("seal", "block", r.Ref.String(), "peer", r.Peer, "err", r.Err)
+			}
+		}})
 	}
 }
 

@@ -108,6 +108,8 @@ func (f *File) synced() {
 		if !b.closed || b.synced < b.end {
 			f.blocks[n] = b
 			n++
+		} else if f.table.e[b.slot].ref == b.ref {
+			f.sealBlock(b.slot, b.end) // all of it is durable on all replicas: nothing can be added, by anybody
 		}
 	}
 	clear(f.blocks[n:])

@@ -103,6 +103,7 @@ type openBlock struct {
 	flushed uint64 // highest Flushed of its records
 	dirty   bool   // in its file's list of dirty slots, with bytes
 	failed  bool   // bytes were lost by a failed write or fdatasync; length is what was durable
+	suspect bool   // records behind the length were found: the slot is kept, and they can be read by who knows their checksums
 	unread  bool   // the medium could not be read when the store was opened; length is what was verified
 }
 

@@ -384,35 +384,55 @@ func TestUnreadableOpenBlock(t *testing.T) {
 	}
 }
 
-// Rot in the middle of an open block shortens it; but what the records behind it say to be flushed is reported, so that a
-// recovery that ends too early notices (C1).
+// Rot in a data page of an open block. A later record that says the damaged one was flushed proves that it is rot and no torn
+// write: the record counts on, and readers find the bad page by its checksum. Without that proof the block is cut there, but
+// the slot stays and its bytes can be read (D3); what is known to be flushed is reported, so that a recovery that
+// ends too early notices (C1).
 func TestRotInOpenBlock(t *testing.T) {
-	mem := vfs.NewMem(1)
-	b := bench(t, mem)
-	ref := storetest.Ref(1)
-	var all []byte
-	for i := range uint64(4) {
-		r := storetest.Record(ref, uint32(len(all)), 10+i, 9+i, 2)
-		must(t, b.Append(ref, uint32(len(all)), r))
-		all = append(all, r...)
-	}
-	must(t, b.Sync(ref, uint32(len(all))))
-	b.Store.Close()
-	file, err := mem.Open("slots-000000")
-	must(t, err)
-	head := make([]byte, 1<<20)
-	_, _ = file.ReadAt(head, 0)
-	at := int64(bytes.Index(head, all[:4096]))
-	_, err = file.WriteAt([]byte{^all[12288+5000]}, at+12288+5000) // in the second record
-	must(t, err)
-	b = bench(t, mem)
-	fence := b.Do(&torus.Request{Op: torus.OpFence, Ref: ref, Len: 1})
-	must(t, fence.Err)
-	if len(fence.Tails) != 1 || fence.Tails[0].Length != 12288 {
-		t.Errorf("tails %v", fence.Tails)
-	}
-	if fence.Committed != 11 { // of the third record, the one found behind
-		t.Errorf("committed %d, want 11", fence.Committed)
+	const size = 3 * 4096 // of each of the four records
+	for _, c := range []struct {
+		record    int
+		length    uint32
+		committed uint64
+	}{
+		{0, 4 * size, 12},
+		{1, 4 * size, 12},
+		{2, 4 * size, 12}, // seq 12, which the last record says was flushed
+		{3, 3 * size, 11}, // the last one: torn or rotten, who knows
+	} {
+		mem := vfs.NewMem(1)
+		b := bench(t, mem)
+		ref := storetest.Ref(1)
+		var all []byte
+		for i := range uint64(4) {
+			r := storetest.Record(ref, uint32(len(all)), 10+i, 9+i, 2)
+			must(t, b.Append(ref, uint32(len(all)), r))
+			all = append(all, r...)
+		}
+		must(t, b.Sync(ref, uint32(len(all))))
+		b.Store.Close()
+		file, err := mem.Open("slots-000000")
+		must(t, err)
+		head := make([]byte, 1<<20)
+		_, _ = file.ReadAt(head, 0)
+		at := int64(bytes.Index(head, all[:4096]))
+		bad := int64(c.record*size + 5000)
+		_, err = file.WriteAt([]byte{^all[bad]}, at+bad)
+		must(t, err)
+		b = bench(t, mem)
+		fence := b.Do(&torus.Request{Op: torus.OpFence, Ref: ref, Len: 1})
+		must(t, fence.Err)
+		if len(fence.Tails) != 1 || fence.Tails[0].Length != c.length {
+			t.Errorf("rot in record %d: tails %v, want a length of %d", c.record, fence.Tails, c.length)
+		}
+		if fence.Committed != c.committed {
+			t.Errorf("rot in record %d: committed %d, want %d", c.record, fence.Committed, c.committed)
+		}
+		got, err := b.Read(ref, 0, uint32(len(all)))
+		all[bad] = ^all[bad]
+		if err != nil || !bytes.Equal(got, all) {
+			t.Errorf("rot in record %d: the other pages cannot be read: %v", c.record, err)
+		}
 	}
 }
 

@@ -359,20 +359,68 @@ func (r *recovery) walk(f *file, s uint32) bool {
 		if at > 0 && from < block { // perhaps only the window was too short
 			continue
 		}
-		// No record here, with all the bytes that it could have. If whole ones follow, writes were reordered by a power cut, or
-		// what was durable has rotted: what they say to be flushed must not be forgotten, so that a recovery notices.
-		for at = torus.PageSize; at+torus.PageSize <= len(b); at += torus.PageSize {
-			if _, err := record.Check(ref, uint32(from)+uint32(at), b[at:], &d.hdr); err == nil {
-				d.log.Warn("an open block has a hole: records after one that is not whole are left out",
-					"block", ref, "length", from, "found", from+uint64(at))
-				o.flushed = max(o.flushed, d.hdr.Flushed)
-				o.durable = x.length
-				return true
-			}
+		// No whole record here, with all the bytes that it could have: a torn or reordered write of the last moments before a
+		// power cut, or rot. Headers of this block further on tell.
+		size, seq := r.damaged(ref, uint32(from), b)
+		later, err := r.headersAfter(f, ref, place, from+uint64(size))
+		if err != nil {
+			return unread(from, err)
 		}
+		if size == 0 && !later.any {
+			o.durable = x.length
+			return x.length > 0
+		}
+		// What they say to be flushed must not be forgotten, so that a recovery notices what is missing.
+		o.flushed = max(o.flushed, later.flushed)
+		o.suspect = true
+		if size > 0 && seq > 0 && later.flushed >= seq {
+			// It was durable: data pages have rotted. Its header is whole, the record stays; who reads its pages finds out
+			// which are bad.
+			d.log.Error("rot in an open block", "block", ref, "file", f.name, "offset", from)
+			from += uint64(size)
+			x.length = uint32(from)
+			if from < block {
+				continue
+			}
+			o.durable = x.length
+			return true
+		}
+		d.log.Warn("an open block has a hole: records from one that is not whole on do not count, but stay readable",
+			"block", ref, "file", f.name, "length", from)
 		o.durable = x.length
-		return x.length > 0
+		return true
 	}
+}
+
+// damaged returns the size and sequence number of the record at from, if its header is whole, whatever its data pages are.
+func (r *recovery) damaged(ref torus.BlockRef, from uint32, b []byte) (size int, seq uint64) {
+	h := &r.d.hdr
+	if h.Decode(b[:torus.PageSize]) != nil || h.Ref != ref || h.Offset != from || h.Size() > len(b) {
+		return 0, 0
+	}
+	return h.Size(), h.Seq
+}
+
+// laterHeaders is what the headers of a block say that lie behind a damaged record.
+type laterHeaders struct {
+	any     bool
+	flushed uint64
+}
+
+// headersAfter looks at every page of a block's slot from at on.
+func (r *recovery) headersAfter(f *file, ref torus.BlockRef, place int64, at uint64) (l laterHeaders, err error) {
+	d := r.d
+	h := &d.hdr
+	for ; at+torus.PageSize <= d.id.BlockSize; at += torus.PageSize {
+		if _, err := f.f.ReadAt(d.page, place+int64(at)); err != nil {
+			return l, err
+		}
+		if h.Decode(d.page) == nil && h.Ref == ref && uint64(h.Offset) == at {
+			l.any = true
+			l.flushed = max(l.flushed, h.Flushed)
+		}
+	}
+	return l, nil
 }
 
 // buildIndex sorts what was found. A block in two slots must not be; should it be, the newer entry counts.

@@ -29,7 +29,11 @@ func (d *Disk) read(r *torus.Request) {
 		d.finishRead(r, fmt.Errorf("read from %v: %w", r.Ref, torus.ErrBlockNotExist))
 		return
 	}
-	if err := checkRead(r, d.slots[s].length); err != nil || len(r.Data) == 0 {
+	length := d.slots[s].length
+	if o := d.slots[s].open; o >= 0 && d.opens[o].suspect {
+		length = uint32(d.id.BlockSize)
+	}
+	if err := checkRead(r, length); err != nil || len(r.Data) == 0 {
 		d.finishRead(r, err)
 		return
 	}
