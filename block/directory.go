@@ -47,6 +47,7 @@ type Directory struct {
 	loop      loop.Loop
 	log       *slog.Logger
 	blockSize uint32
+	stopping  bool
 	open      map[string]*opened
 	ctx       context.Context
 	cancel    context.CancelFunc
@@ -54,7 +55,13 @@ type Directory struct {
 
 	mu    sync.Mutex
 	lease torus.LeaseID
-	held  map[torus.VolumeID]uint64 // epochs of the volumes attached here
+	held  map[torus.VolumeID]*hold // the volumes attached here
+}
+
+// hold is how a volume attached here is held.
+type hold struct {
+	epoch uint64
+	lease torus.LeaseID // under which it was last held
 }
 
 // opened is a volume in use, or on its way in or out.
@@ -65,6 +72,7 @@ type opened struct {
 	closing bool
 	ends    []func() // called when it has been released
 	unwatch context.CancelFunc
+	cancel  func() // calls the attach off
 }
 
 var _ device.Directory = (*Directory)(nil)
@@ -84,7 +92,7 @@ func NewDirectory(ctx context.Context, cfg Config) (*Directory, error) {
 	}
 	d := &Directory{
 		cfg: cfg, loop: cfg.Loop, log: cfg.Log, blockSize: uint32(gmd.BlockSize),
-		open: map[string]*opened{}, lease: lease, held: map[torus.VolumeID]uint64{},
+		open: map[string]*opened{}, lease: lease, held: map[torus.VolumeID]*hold{},
 	}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	d.wg.Go(d.renew)
@@ -110,28 +118,38 @@ func (d *Directory) renew() {
 		if errors.Is(err, torus.ErrLeaseNotFound) {
 			d.log.Warn("the lease on attached volumes was lost, taking a new one")
 			if lease, err = d.cfg.MDS.GrantLease(ctx, leaseTTL); err == nil {
-				d.relock(ctx, lease)
+				d.mu.Lock()
+				d.lease = lease
+				d.mu.Unlock()
 			}
 		}
-		if err != nil && d.ctx.Err() == nil {
+		if err == nil {
+			d.relock(ctx, lease)
+		} else if d.ctx.Err() == nil {
 			d.log.Warn("cannot renew the lease on attached volumes; their I/O goes on", "err", err)
 		}
 		cancel()
 	}
 }
 
+// relock holds what is attached here, but held under a lease that is gone. What fails is tried again after the next renewal.
 func (d *Directory) relock(ctx context.Context, lease torus.LeaseID) {
 	d.mu.Lock()
-	d.lease = lease
-	held := make(map[torus.VolumeID]uint64, len(d.held))
-	for id, epoch := range d.held {
-		held[id] = epoch
+	stale := map[torus.VolumeID]*hold{}
+	for id, h := range d.held {
+		if h.lease != lease {
+			stale[id] = h
+		}
 	}
 	d.mu.Unlock()
-	for id, epoch := range held {
-		if err := d.cfg.MDS.Relock(ctx, id, epoch, lease, d.holder(epoch)); err != nil {
-			d.log.Warn("cannot hold an attached volume again", "volume", id, "epoch", epoch, "err", err)
+	for id, h := range stale {
+		if err := d.cfg.MDS.Relock(ctx, id, h.epoch, lease, d.holder(h.epoch)); err != nil {
+			d.log.Warn("cannot hold an attached volume again", "volume", id, "epoch", h.epoch, "err", err)
+			continue
 		}
+		d.mu.Lock()
+		h.lease = lease
+		d.mu.Unlock()
 	}
 }
 
@@ -212,7 +230,7 @@ func (d *Directory) Stat(name string, done func(device.Info, error)) {
 
 // Open attaches a volume, or shares it if it is attached here.
 func (d *Directory) Open(name string, done func(device.Device, error)) {
-	if d.ctx.Err() != nil {
+	if d.stopping {
 		done(nil, device.ErrShutdown)
 		return
 	}
@@ -268,11 +286,17 @@ func (d *Directory) attach(name string, o *opened) {
 		d.mu.Lock()
 		lease := d.lease
 		d.mu.Unlock()
-		file.Open(file.Config{
+		o.cancel = file.Open(file.Config{
 			Loop: d.loop, Dist: d.cfg.Dist, MDS: d.cfg.MDS, Volume: v, BlockSize: d.blockSize, Replication: spec.Replication(),
 			Lease: lease, Holder: d.holder(0), Force: d.cfg.Force,
 			RetainBytes: d.cfg.RetainBytes, MapBytes: d.cfg.MapBytes, Log: d.log,
-			OnFail: func(err error) { d.release(torus.VolumeID(v.Id)) },
+			OnFail: func(err error) {
+				d.release(torus.VolumeID(v.Id))
+				if d.open[name] == o && o.vol != nil && !o.closing { // its users keep a dead device; who comes now attaches anew
+					o.unwatch()
+					delete(d.open, name)
+				}
+			},
 		}, func(f *file.File, err error) {
 			if err != nil {
 				finish(nil, err)
@@ -280,7 +304,7 @@ func (d *Directory) attach(name string, o *opened) {
 			}
 			vol.f = f
 			d.mu.Lock()
-			d.held[torus.VolumeID(v.Id)] = f.Epoch()
+			d.held[torus.VolumeID(v.Id)] = &hold{f.Epoch(), lease}
 			d.mu.Unlock()
 			d.watch(o, vol)
 			finish(vol, nil)
@@ -368,6 +392,7 @@ func (d *Directory) Each(fn func(*Volume)) {
 // Shutdown detaches everything, whoever uses it, and gives the lease back; done is called on the loop. No
 // Open may follow. Call it on the loop.
 func (d *Directory) Shutdown(done func(error)) {
+	d.stopping = true
 	var first error
 	left := 1
 	end := func(err error) {
@@ -407,6 +432,9 @@ func (d *Directory) Shutdown(done func(error)) {
 				}
 				d.detach(name, o, end)
 			})
+			if o.cancel != nil {
+				o.cancel()
+			}
 		default:
 			d.detach(name, o, end)
 		}

@@ -5,6 +5,7 @@ package distributor
 import (
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	"github.com/coreos/torus"
@@ -40,7 +41,7 @@ type Distributor struct {
 	order []*peer // by id: anything that goes over all peers does so in this order
 	ring  torus.Ring
 	rings map[uint64]torus.Ring
-	watch []func()
+	watch []*watcher
 	m     metrics
 	reads []*Read // free list
 }
@@ -136,15 +137,20 @@ func (d *Distributor) disconnect(p *peer) {
 
 // Watch has fn called on every change of a peer's health or of the ring, until the returned function is called.
 func (d *Distributor) Watch(fn func()) (stop func()) {
-	d.watch = append(d.watch, fn)
-	i := len(d.watch) - 1
-	return func() { d.watch[i] = nil }
+	w := &watcher{fn}
+	d.watch = append(d.watch, w)
+	return func() {
+		w.fn = nil // if it is being called just now
+		d.watch = slices.DeleteFunc(slices.Clone(d.watch), func(x *watcher) bool { return x == w })
+	}
 }
 
+type watcher struct{ fn func() }
+
 func (d *Distributor) changed() {
-	for _, fn := range d.watch {
-		if fn != nil {
-			fn()
+	for _, w := range d.watch {
+		if w.fn != nil {
+			w.fn()
 		}
 	}
 }
@@ -165,6 +171,13 @@ func (d *Distributor) Alive(p torus.PeerID) bool {
 func (d *Distributor) Usable(p torus.PeerID) bool {
 	x := d.peers[p]
 	return x != nil && x.up && !x.full
+}
+
+// Lost remembers that p's connection refused a request: it is down, and the news of that is on its way.
+func (d *Distributor) Lost(p torus.PeerID) {
+	if x := d.peers[p]; x != nil && x.up {
+		x.up, x.since = false, d.loop.Now()
+	}
 }
 
 // MarkFull remembers that p refused a block for want of space, until the directory says otherwise.

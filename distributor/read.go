@@ -23,8 +23,10 @@ type Read struct {
 	Err    error
 	// Wait: while a replica that might have the bytes is unreachable, keep trying rather than fail.
 	Wait bool
-	Tag  uint64
-	User any
+	// Until, if set, is asked before each round; an error ends the read with it.
+	Until func() error
+	Tag   uint64
+	User  any
 
 	d       *Distributor
 	req     torus.Request
@@ -49,7 +51,7 @@ func (d *Distributor) NewRead() *Read {
 // Release gives a finished Read back for reuse.
 func (r *Read) Release() {
 	r.Data, r.Set, r.User, r.Err, r.Tag = nil, nil, nil, nil, 0
-	r.Verify, r.Done, r.Wait = nil, nil, false
+	r.Verify, r.Done, r.Wait, r.Until = nil, nil, false, nil
 	r.d.reads = append(r.d.reads, r)
 }
 
@@ -62,6 +64,12 @@ func (r *Read) Start() {
 }
 
 func (r *Read) round() {
+	if r.Until != nil {
+		if err := r.Until(); err != nil {
+			r.finish(err)
+			return
+		}
+	}
 	r.tried, r.down = 0, false
 	r.first = 0
 	for i, p := range r.Set {

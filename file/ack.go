@@ -33,12 +33,21 @@ func (f *File) replicaFailed(q *torus.Request, b *openBlock) {
 		return
 	}
 	if errors.Is(q.Err, torus.ErrInvalid) {
-		// Not the replica is at fault but what it was sent; another would say the same.
+		// If another peer says the same, not the replica is at fault but what it was sent.
+		if f.refusedBy.IsZero() || f.refusedBy == q.Peer {
+			f.refusedBy = q.Peer
+			f.dist.MarkFull(q.Peer) // not asked again until the directory has news of it
+			f.roll(fmt.Errorf("%v: %w", q.Op, q.Err), b, q.Peer)
+			return
+		}
 		f.fail(fmt.Errorf("%v of %d bytes at %d to %v refused by peer %v: %w", q.Op, q.Len, q.Off, q.Ref, q.Peer, q.Err))
 		return
 	}
 	if errors.Is(q.Err, torus.ErrOutOfSpace) {
 		f.dist.MarkFull(q.Peer)
+	}
+	if errors.Is(q.Err, torus.ErrNoPeer) {
+		f.dist.Lost(q.Peer)
 	}
 	f.roll(fmt.Errorf("%v: %w", q.Op, q.Err), b, q.Peer)
 }

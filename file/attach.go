@@ -11,6 +11,7 @@ import (
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/buf"
+	"github.com/coreos/torus/device"
 	"github.com/coreos/torus/loop"
 	"github.com/coreos/torus/models"
 	"github.com/coreos/torus/record"
@@ -32,11 +33,16 @@ const (
 // behind, makes it durable and commits it; done is called with a File that serves, or with the reason it cannot:
 // an error wrapping torus.ErrLocked if somebody else holds the volume. It waits, saying so in the log, as
 // long as peers are missing without which the end of the history cannot be known.
-func Open(cfg Config, done func(*File, error)) {
+// cancel ends an attach that is still under way: done is then called with an error, soon.
+func Open(cfg Config, done func(*File, error)) (cancel func()) {
 	cfg.setDefaults()
+	o := &opening{}
 	loop.Go(cfg.Loop, func(t *loop.Task) {
 		for {
-			f, err := attach(t, cfg)
+			f, err := attach(t, cfg, o)
+			if o.cancelled && err != nil {
+				err = device.ErrShutdown
+			}
 			if err == nil || !errors.Is(err, torus.ErrAgain) {
 				done(f, err)
 				return
@@ -45,6 +51,20 @@ func Open(cfg Config, done func(*File, error)) {
 			t.Sleep(time.Second)
 		}
 	})
+	return o.cancel
+}
+
+// opening is an attach that may be called off.
+type opening struct {
+	f         *File // of the present attempt
+	cancelled bool
+}
+
+func (o *opening) cancel() {
+	o.cancelled = true
+	if o.f != nil {
+		o.f.fail(device.ErrShutdown)
+	}
 }
 
 // recovery is one attach under way.
@@ -87,12 +107,17 @@ type foundRec struct {
 
 func (x *foundRec) end() uint32 { return x.hdr.Offset + uint32(x.hdr.Size()) }
 
-func attach(t *loop.Task, cfg Config) (*File, error) {
+func attach(t *loop.Task, cfg Config, o *opening) (_ *File, err error) {
 	f := &File{
 		cfg: cfg, loop: cfg.Loop, dist: cfg.Dist, log: cfg.Log, vol: torus.VolumeID(cfg.Volume.Id), size: cfg.Volume.SizeBytes,
 		repl: cfg.Replication,
 	}
-	f.sealFn = f.sealDeferred
+	f.sealFn, f.errFn = f.sealDeferred, f.Err
+	o.f = f
+	defer func() { o.f = nil }()
+	if o.cancelled {
+		return nil, device.ErrShutdown
+	}
 	began := f.loop.Now()
 	for warn := began + time.Second; f.dist.Ring() == nil || len(f.dist.Ring().Members()) == 0; {
 		if f.loop.Now() >= warn {
@@ -100,12 +125,14 @@ func attach(t *loop.Task, cfg Config) (*File, error) {
 			f.log.Warn("attach waits for the ring to have members; see `torusctl peer add`")
 		}
 		t.Sleep(20 * time.Millisecond)
+		if f.err != nil {
+			return nil, f.err
+		}
 	}
 	if f.repl == 0 {
 		f.repl = f.dist.Ring().Replication()
 	}
 	// Step 1: a new epoch, and what the last one left.
-	var err error
 	t.Call(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), mdsTimeout)
 		defer cancel()
@@ -133,6 +160,9 @@ func attach(t *loop.Task, cfg Config) (*File, error) {
 			})
 		}
 		return nil, fmt.Errorf("attach volume %s: %w", cfg.Volume.Name, err)
+	}
+	if f.err != nil { // called off in the last moment
+		return nil, f.err
 	}
 	f.log.Info("attached", "took", f.loop.Now()-began, "seq", f.last, "recovered", len(a.found))
 	f.lastCkpt = f.loop.Now()
@@ -171,6 +201,9 @@ func (a *recovery) run() error {
 	}
 	f.applied, f.flushed, f.held, f.sent, f.last, f.acked = a.seqUpTo, a.seqUpTo, a.seqUpTo, a.seqUpTo, a.seqUpTo, a.seqUpTo
 	for warn := f.loop.Now() + time.Second; ; {
+		if f.err != nil {
+			return f.err
+		}
 		healthy, _ := f.dist.Room()
 		if healthy >= f.repl {
 			break
@@ -280,6 +313,9 @@ func (a *recovery) fence() error {
 	var covered time.Duration = -1
 	warn := f.loop.Now() + time.Second
 	for {
+		if f.err != nil {
+			return f.err
+		}
 		for _, p := range a.order {
 			op := a.peers[p]
 			if op.asked || op.answered || !f.dist.Healthy(p) {
@@ -428,7 +464,7 @@ func (f *File) loadInode(t *loop.Task, h *models.Head) error {
 
 // inodePages is how many pages the record of an INode takes.
 func (f *File) inodePages(t *loop.Task, ref torus.BlockRef, x *models.Extent) (int, error) {
-	b, err := f.readRaw(t, ref, f.dist.Set(ref, x.Set), x.Offset-record.HeaderSize, record.HeaderSize)
+	b, err := f.readRaw(t, ref, f.dist.Set(ref, x.Set), x.Offset-record.HeaderSize, record.HeaderSize, true)
 	if err != nil {
 		return 0, err
 	}
@@ -466,12 +502,12 @@ func (f *File) startExtent(x *models.Extent, done func([]byte, error)) {
 	rd.Start()
 }
 
-func (f *File) readRaw(t *loop.Task, ref torus.BlockRef, set torus.PeerList, off, n uint32) ([]byte, error) {
+func (f *File) readRaw(t *loop.Task, ref torus.BlockRef, set torus.PeerList, off, n uint32, wait bool) ([]byte, error) {
 	b := make([]byte, n)
 	var err error
 	t.Wait(func(wake func()) {
 		rd := f.dist.NewRead()
-		rd.Ref, rd.Off, rd.Data, rd.Set, rd.Wait = ref, off, b, set, true
+		rd.Ref, rd.Off, rd.Data, rd.Set, rd.Wait = ref, off, b, set, wait
 		rd.Done = func(rd *read) {
 			err = rd.Err
 			rd.Release()
@@ -525,6 +561,9 @@ func (a *recovery) scan() error {
 	for _, b := range busy {
 		for _, r := range b.recs {
 			committed = max(committed, r.hdr.Flushed)
+			if err := f.checkExtents(&r.hdr); err != nil {
+				return err
+			}
 			if r.hdr.Seq > a.seqUpTo {
 				all = append(all, r)
 			}
@@ -633,7 +672,7 @@ func (a *recovery) complete(b *oldBlock) error {
 			if end == at {
 				return fmt.Errorf("no record at %d of %v: %w", at, b.ref, torus.ErrCorrupt)
 			}
-			data, err := f.readRaw(a.t, b.ref, have, at, end-at)
+			data, err := f.readRaw(a.t, b.ref, have, at, end-at, false)
 			if err != nil {
 				return err
 			}
@@ -807,4 +846,16 @@ func (a *recovery) loadLeaves(h *record.Header) error {
 			return err
 		}
 	}
+}
+
+// checkExtents refuses a record that does not fit this volume: its checksum is right, so whoever wrote it was wrong, or newer.
+func (f *File) checkExtents(h *record.Header) error {
+	pages := (f.size + pageSize - 1) / pageSize
+	for _, x := range h.Extents {
+		known := x.Kind == record.Data || x.Kind == record.Zero || x.Kind == record.Trim
+		if !known || x.Count == 0 || x.Page >= pages || uint64(x.Count) > pages-x.Page {
+			return fmt.Errorf("record %d in %v: extent of kind %d, %d pages from %d, in a volume of %d: %w", h.Seq, h.Ref, x.Kind, x.Count, x.Page, pages, torus.ErrCorrupt)
+		}
+	}
+	return nil
 }

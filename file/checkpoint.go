@@ -97,6 +97,8 @@ func (f *File) checkpoint(t *loop.Task, change func(*models.VolumeState)) error 
 	for _, l := range z.leaves {
 		l.frozen = false
 	}
+	f.m.frozen -= len(z.leaves)
+	f.m.evict() // new leaves are made without a load
 	for _, in := range z.inners {
 		in.frozen = false
 	}
@@ -275,11 +277,13 @@ func (f *File) freezeInner(z *frozen, t *topNode) error {
 		}
 		in.ptr[i] = e
 		l.dirty, l.frozen = false, true
+		f.m.frozen++
 		f.m.dirtyLeaves--
 		z.leaves = append(z.leaves, l)
 		z.undo = append(z.undo, func() {
 			in.ptr[i] = old
 			l.frozen = false
+			f.m.frozen--
 			f.m.touch(l)
 		})
 	}

@@ -26,7 +26,7 @@ func (f *File) close(t *loop.Task) error {
 	if f.building != nil {
 		f.seal()
 	}
-	for f.err == nil && (f.applied < f.last || f.checkpointing || len(f.waiting) > 0 || len(f.blocked) > 0) {
+	for f.err == nil && (f.applied < f.last || f.checkpointing || f.building != nil || len(f.waiting) > 0 || len(f.blocked) > 0 || len(f.locked) > 0) {
 		if f.loop.Now() >= f.closeBy {
 			break
 		}
@@ -37,7 +37,7 @@ func (f *File) close(t *loop.Task) error {
 		t.Sleep(2 * time.Millisecond)
 	}
 	err := f.err
-	if err == nil && (f.applied < f.last || f.checkpointing) {
+	if err == nil && (f.applied < f.last || f.checkpointing || f.building != nil || len(f.locked) > 0) {
 		err = fmt.Errorf("records %d to %d could not be flushed: %w", f.flushed+1, f.last, torus.ErrBlockUnavailable)
 	}
 	if err == nil {

@@ -119,8 +119,9 @@ type File struct {
 	recs                                      []*rec // ring, by seq & mask
 	applied, flushed, held, sent, last, acked uint64
 	building                                  *rec
-	sealing                                   bool   // a Defer of sealFn is pending
-	sealFn                                    func() // seals the building record
+	refusedBy                                 torus.PeerID // a peer that called a request invalid
+	sealing                                   bool         // a Defer of sealFn is pending
+	sealFn                                    func()       // seals the building record
 	seg                                       *segment
 	retained                                  int // bytes of records above applied
 	unflushed                                 int // … above flushed
@@ -163,6 +164,7 @@ type File struct {
 	probed        uint64        // what had been sent at the last tick
 	closed        bool
 	err           error // failed for good
+	errFn         func() error
 	tick          *loop.Timer
 	unwatch       func()
 	stats         Stats
@@ -256,6 +258,10 @@ func (f *File) fail(err error) {
 		}
 	}
 	f.waiting, f.blocked = nil, nil
+	if f.unwatch != nil {
+		f.unwatch()
+		f.unwatch = nil
+	}
 	if f.cfg.OnFail != nil {
 		f.cfg.OnFail(err)
 	}

@@ -1,6 +1,8 @@
 package file
 
 import (
+	"slices"
+
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/device"
 )
@@ -14,6 +16,10 @@ type flushWaiter struct {
 func (f *File) flush(r *device.Request) {
 	if f.acked <= f.flushed {
 		r.Finish(nil)
+		return
+	}
+	if f.full && f.held < f.acked {
+		r.Finish(device.ErrOutOfSpace) // what a lost replica held is in memory here, and there is no room for it elsewhere
 		return
 	}
 	f.waiters = append(f.waiters, flushWaiter{f.acked, r})
@@ -120,17 +126,16 @@ func (f *File) synced() {
 
 // completeFlushes completes the flushes that have what they waited for, and begins the next round for the others.
 func (f *File) completeFlushes() {
-	n := 0
-	for _, w := range f.waiters {
-		if w.seq <= f.flushed {
-			w.r.Finish(nil)
-		} else {
-			f.waiters[n] = w
-			n++
+	// Finish may come back with another flush, so what is done leaves the list first.
+	for len(f.waiters) > 0 {
+		i := slices.IndexFunc(f.waiters, func(w flushWaiter) bool { return w.seq <= f.flushed })
+		if i < 0 {
+			break
 		}
+		r := f.waiters[i].r
+		f.waiters = slices.Delete(f.waiters, i, i+1)
+		r.Finish(nil)
 	}
-	clear(f.waiters[n:])
-	f.waiters = f.waiters[:n]
 	if len(f.waiters) > 0 || f.unflushed >= f.cfg.RetainBytes/4 {
 		f.startSync()
 	}

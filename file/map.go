@@ -77,6 +77,7 @@ type fmap struct {
 	read        func(e entry, dst []byte, done func(error)) // reads a node
 	leaves      int
 	dirtyLeaves int
+	frozen      int // leaves that a checkpoint is writing
 	maxLeaves   int
 	clock       []*leaf
 	hand        int
@@ -159,7 +160,7 @@ func (m *fmap) adopt(in *inner, i int, l *leaf) {
 
 // evict drops clean leaves that were not used lately (clock), until the bound holds or none can go.
 func (m *fmap) evict() {
-	for steps := 2 * len(m.clock); steps > 0 && m.leaves >= m.maxLeaves; steps-- {
+	for steps := 2 * len(m.clock); steps > 0 && m.leaves >= m.maxLeaves && m.leaves-m.dirtyLeaves-m.frozen >= minLeaves; steps-- {
 		if m.hand >= len(m.clock) {
 			m.hand = 0
 		}

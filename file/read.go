@@ -171,7 +171,7 @@ func (f *File) readAt(e entry, dst []byte, user any, verify func(*distributor.Re
 	b := &f.table.e[e.slot()]
 	rd := f.dist.NewRead()
 	rd.Ref, rd.Off, rd.Data, rd.Set = b.ref, e.page()*pageSize, dst, b.peers
-	rd.User, rd.Verify, rd.Done, rd.Wait = user, verify, done, true
+	rd.User, rd.Verify, rd.Done, rd.Wait, rd.Until = user, verify, done, true, f.errFn
 	rd.Start()
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"testing"
 	"time"
@@ -39,6 +40,7 @@ type fakePeer struct {
 	full   bool
 	drop   func(*torus.Request) error // a fault: non-nil fails the request
 	conns  []*fakeConn
+	hold   func(*torus.Request) bool // a request that this holds up is not served as long as it does
 }
 
 type fakeConn struct {
@@ -59,16 +61,36 @@ func (c *fakeConn) Submit(q *torus.Request) {
 		return
 	}
 	c.live = append(c.live, q)
+	sum := uint32(0)
+	if q.Op == torus.OpAppend {
+		sum = record.Checksum(q.Data)
+	}
 	at := max(c.l.Now()+time.Duration(1+c.p.r.rng.IntN(200))*time.Microsecond, c.last+1)
-	c.last = at
-	c.l.After(at-c.l.Now(), func() {
+	if q.Op == torus.OpSync { // a disk takes its time, and appends do not wait for it
+		at += time.Duration(c.p.r.rng.IntN(3000)) * time.Microsecond
+	} else {
+		c.last = at
+	}
+	var serve func()
+	serve = func() {
+		if c.p.hold != nil && (c.p.hold(q) || slices.Index(c.live, q) > slices.IndexFunc(c.live, func(x *torus.Request) bool { return x.Ref == q.Ref })) {
+			c.l.After(time.Millisecond, serve)
+			return
+		}
 		if i := slices.Index(c.live, q); i < 0 {
 			return // the connection broke
 		} else {
 			c.live = slices.Delete(c.live, i, i+1)
 		}
+		if q.Op == torus.OpAppend && sum != record.Checksum(q.Data) {
+			c.p.r.dirtyAppends++
+			if os.Getenv("TORUS_OWN") != "" {
+				c.p.r.t.Errorf("the data of an append to %v was changed while it was under way", q.Ref)
+			}
+		}
 		q.Finish(c.p.serve(q))
-	})
+	}
+	c.l.After(at-c.l.Now(), serve)
 }
 
 // crash closes the peer's connections. lose: power is lost as well.
@@ -229,22 +251,26 @@ func (p *fakePeer) serve(q *torus.Request) error {
 }
 
 type rig struct {
-	t     *testing.T
-	v     *loop.Virtual
-	rng   *rand.Rand
-	mds   *temp.Server
-	peers []*fakePeer
-	ring  torus.Ring
-	vol   *models.Volume
-	size  uint64
-	log   *slog.Logger
-	n     int
+	t            *testing.T
+	v            *loop.Virtual
+	rng          *rand.Rand
+	mds          *temp.Server
+	peers        []*fakePeer
+	ring         torus.Ring
+	vol          *models.Volume
+	size         uint64
+	log          *slog.Logger
+	n            int
+	dirtyAppends int
+	now          bool
+	// faulty: transactions fail now and then, before or after they were made, or arrive late
+	faulty bool
 }
 
 const rigBlock = 256 << 10
 
 func newRig(t *testing.T, seed uint64, peers, repl int, size uint64) *rig {
-	r := &rig{t: t, v: loop.NewVirtual(seed), rng: rand.New(rand.NewPCG(seed, 1)), size: size}
+	r := &rig{now: os.Getenv("TORUS_NOW") != "", t: t, v: loop.NewVirtual(seed), rng: rand.New(rand.NewPCG(seed, 1)), size: size}
 	epoch := time.Unix(1_700_000_000, 0)
 	r.mds = temp.NewServer(func() time.Time { return epoch.Add(r.v.Now()) })
 	r.log = slog.New(slog.DiscardHandler)
@@ -315,6 +341,9 @@ func (r *rig) client(tune func(*file.Config)) *client {
 						x.open = true
 						c.l.Post(up)
 					}
+					if r.now {
+						return nowConn{x}
+					}
 					return x
 				}
 			}
@@ -328,6 +357,20 @@ func (r *rig) client(tune func(*file.Config)) *client {
 			return ring.Decode(b)
 		},
 	})
+	if r.faulty {
+		c.mds.SetFaults(func(_ context.Context, method string) temp.Fault {
+			if (method == "Commit" || method == "VolumeState") && r.rng.IntN(3) == 0 {
+				return temp.Fault(1 + r.rng.IntN(3))
+			}
+			return temp.None
+		})
+		var late func()
+		late = func() {
+			r.mds.Deliver()
+			r.v.At(time.Duration(r.rng.IntN(3000))*time.Millisecond, late)
+		}
+		late()
+	}
 	c.l.Post(func() {
 		c.d.SetRing(r.ring)
 		var l []*models.Peer

@@ -134,6 +134,13 @@ func (f *File) setFull(full bool) {
 	}
 	f.log.Error("the cluster is out of space: writes fail until peers are added or volumes deleted")
 	f.failUnacked()
+	if f.held < f.acked {
+		waiters := f.waiters
+		f.waiters = nil
+		for _, w := range waiters {
+			w.r.Finish(device.ErrOutOfSpace)
+		}
+	}
 	waiting := f.waiting
 	f.waiting = nil
 	for _, p := range waiting {

@@ -33,7 +33,7 @@ func (r *sideRec) mem() []byte { return r.b.Bytes()[:record.HeaderSize+r.pages*p
 
 // open finds a block with room for size bytes.
 func (w *sideWriter) open(f *File, size uint32) (*openBlock, error) {
-	if w.blk != nil && !w.blk.dead && w.blk.end+size <= f.cfg.BlockSize {
+	if w.blk != nil && !w.blk.dead && f.connected(w.blk.set) && w.blk.end+size <= f.cfg.BlockSize {
 		return w.blk, nil
 	}
 	if f.table.full() {
@@ -138,4 +138,13 @@ func (f *File) all(t *loop.Task, reqs []*torus.Request, note func(*torus.Request
 		}
 		f.dist.Submit(reqs[i].Peer, reqs[i])
 	})
+}
+
+func (f *File) connected(set torus.PeerList) bool {
+	for _, p := range set {
+		if !f.dist.Healthy(p) {
+			return false
+		}
+	}
+	return true
 }

@@ -141,7 +141,7 @@ func (f *File) maybeExtend() {
 	if f.win.extending || f.closing || f.err != nil || f.dist.Ring() == nil || f.loop.Now() < f.win.retryAt {
 		return
 	}
-	left, want := f.win.hi()-f.next, f.wantAhead()
+	left, want := max(f.win.hi(), f.next)-f.next, f.wantAhead()
 	stuck := f.sent < f.last && (f.blk == nil || f.blk.closed)
 	if stuck {
 		if _, usable := f.dist.Room(); usable < f.repl {
@@ -153,7 +153,7 @@ func (f *File) maybeExtend() {
 	f.win.extending = true
 	loop.Go(f.loop, func(t *loop.Task) {
 		f.takeMeta(t)
-		span := f.newSpan(f.win.hi(), int(max(windowBlocks, want-min(want, left))))
+		span := f.newSpan(max(f.win.hi(), f.next), int(max(windowBlocks, want-min(want, left))))
 		err := f.commit(t, func(s *models.VolumeState) {
 			s.Open.Spans = append(s.Open.Spans, span)
 		})
@@ -214,7 +214,7 @@ func (f *File) commit(t *loop.Task, change func(*models.VolumeState)) error {
 				err = rerr
 			case now.Epoch != from.Epoch:
 				st = now
-			case now.Txn == to.Txn:
+			case now.Txn == to.Txn && proto.Equal(now.Head, to.Head) && proto.Equal(now.Open, to.Open):
 				st, err = now, nil // it had been made after all
 			case now.Txn == from.Txn:
 				from = now // it has not: try again
@@ -235,7 +235,10 @@ func (f *File) commit(t *loop.Task, change func(*models.VolumeState)) error {
 			return f.err
 		}
 		if f.closing && f.loop.Now() >= f.closeBy {
-			return fmt.Errorf("%w: %w", torus.ErrMetadataUnavailable, err) // whether it was made or not, the next attach finds out
+			// Whether it was made is not known, so no other transaction may follow: it would take this one for itself, and the
+			// head it believes in would not be the one there is. The next attach finds out.
+			f.fail(fmt.Errorf("%w: %w", torus.ErrMetadataUnavailable, err))
+			return f.err
 		}
 		if !warned {
 			warned = true

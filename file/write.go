@@ -305,7 +305,7 @@ func (f *File) putRange(r *device.Request, first, last uint64, kind record.Kind)
 	var rc *rec
 	for first <= last {
 		n := min(last-first+1, most)
-		if n > listPages && f.building != nil {
+		for n > listPages && f.building != nil {
 			f.seal() // see overlay: a span has its record to itself
 		}
 		rc = f.room(0)
@@ -330,7 +330,7 @@ func (f *File) room(pages int) *rec {
 	} else if pages <= atomicPages {
 		need = pages
 	}
-	if r := f.building; r != nil {
+	for r := f.building; r != nil; r = f.building { // sealing one may bring a Done that begins the next
 		if len(r.hdr.Extents) < record.MaxExtents && r.maxPages-r.hdr.Pages() >= need {
 			return r
 		}

@@ -1,0 +1,224 @@
+package block
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/device"
+	"github.com/coreos/torus/distributor"
+	"github.com/coreos/torus/loop"
+	"github.com/coreos/torus/metadata/temp"
+	"github.com/coreos/torus/models"
+	"github.com/coreos/torus/ring"
+	"github.com/coreos/torus/storage"
+)
+
+type conn struct {
+	l loop.Loop
+	m *storage.Memory
+}
+
+func (c conn) Submit(r *torus.Request) { c.l.Post(func() { c.m.Submit(r) }) }
+func (c conn) Close()                  {}
+
+type cluster struct {
+	l   *loop.Epoll
+	mds *temp.Server
+	c   *temp.Client
+	d   *distributor.Distributor
+	dir *Directory
+}
+
+func newCluster(t *testing.T, up bool) *cluster {
+	l, err := loop.NewEpoll(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go l.Run()
+	k := &cluster{l: l}
+	k.mds = temp.NewServer(time.Now)
+	if err := k.mds.Init(torus.GlobalMetadata{ClusterID: "c", BlockSize: 4 << 20, DefaultBlockSpec: "crc"}, nil); err != nil {
+		t.Fatal(err)
+	}
+	k.c = k.mds.Client()
+	var members []ring.Member
+	var peers []*models.Peer
+	mems := map[torus.PeerID]*storage.Memory{}
+	for i := range 2 {
+		id := torus.PeerID{byte(i + 1)}
+		m, err := storage.NewMemory(storage.Config{Loop: l, SizeBytes: 1 << 30, Identity: storage.Identity{Peer: id, ClusterID: "c", BlockSize: 4 << 20}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		mems[id] = m
+		members = append(members, ring.Member{ID: id, Weight: 1})
+		peers = append(peers, &models.Peer{Uuid: id.String(), Address: "x", Alive: true})
+	}
+	r, err := ring.NewSlotTable(1, 2, members, 256)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.d = distributor.New(distributor.Config{Loop: l, Dial: func(id torus.PeerID, _ string, isUp func(), _ func(error)) distributor.Conn {
+		if up {
+			l.Post(isUp)
+		}
+		return conn{l, mems[id]}
+	}, LoadRing: func(uint64) (torus.Ring, error) { return r, nil }})
+	k.do(func() { k.d.SetRing(r); k.d.SetPeers(peers) })
+	if _, err := Create(context.Background(), k.c, "v", 1<<20, "crc"); err != nil {
+		t.Fatal(err)
+	}
+	if k.dir, err = NewDirectory(context.Background(), Config{Loop: l, Dist: k.d, MDS: k.c}); err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func (k *cluster) do(fn func()) {
+	done := make(chan struct{})
+	k.l.Post(func() { fn(); close(done) })
+	<-done
+}
+
+type opening struct {
+	dev device.Device
+	err error
+}
+
+func (k *cluster) open() chan opening {
+	ch := make(chan opening, 1)
+	k.l.Post(func() { k.dir.Open("v", func(d device.Device, err error) { ch <- opening{d, err} }) })
+	return ch
+}
+
+// B1: an Open that waits for the end of a detach goes on after Shutdown began, and nobody releases what it attaches.
+func TestOpenDuringShutdown(t *testing.T) {
+	k := newCluster(t, true)
+	o := <-k.open()
+	if o.err != nil {
+		t.Fatal(o.err)
+	}
+	again := make(chan opening, 1)
+	shut := make(chan error, 1)
+	k.do(func() {
+		k.dir.Close("v", o.dev)
+		k.dir.Open("v", func(d device.Device, err error) { again <- opening{d, err} })
+		k.dir.Shutdown(func(err error) { shut <- err })
+	})
+	select {
+	case <-shut:
+	case <-time.After(20 * time.Second):
+		t.Fatal("shutdown hangs")
+	}
+	select {
+	case o := <-again:
+		if o.err == nil {
+			t.Fatal("attached after Shutdown was done")
+		}
+		t.Log(o.err)
+	case <-time.After(10 * time.Second):
+		t.Fatal("the second Open is never answered")
+	}
+	time.Sleep(100 * time.Millisecond)
+	k.do(func() {
+		if len(k.dir.open) != 0 {
+			t.Fatalf("%d volumes are still there after Shutdown", len(k.dir.open))
+		}
+	})
+	if h, _ := k.c.Holder(context.Background(), 1); h != nil {
+		t.Fatalf("the volume is still held: %v", h)
+	}
+}
+
+// B2: Shutdown while an attach waits for peers.
+func TestShutdownDuringAttach(t *testing.T) {
+	k := newCluster(t, false)
+	ch := k.open()
+	time.Sleep(300 * time.Millisecond)
+	shut := make(chan error, 1)
+	k.do(func() { k.dir.Shutdown(func(err error) { shut <- err }) })
+	select {
+	case <-shut:
+	case <-time.After(20 * time.Second):
+		t.Fatal("Shutdown waits for ever for an attach that waits for ever for peers")
+	}
+	<-ch
+}
+
+// B3: the lease is lost, and the first attempt to hold the volume again fails: it is never tried again.
+func TestRelockRetried(t *testing.T) {
+	k := newCluster(t, true)
+	if o := <-k.open(); o.err != nil {
+		t.Fatal(o.err)
+	}
+	failed := 0
+	k.c.SetFaults(func(_ context.Context, method string) temp.Fault {
+		if method == "Relock" && failed == 0 {
+			failed++
+			return temp.FailBefore
+		}
+		return temp.None
+	})
+	k.mds.Advance(11 * time.Second)
+	deadline := time.Now().Add(13 * time.Second)
+	for time.Now().Before(deadline) {
+		h, err := k.c.Holder(context.Background(), 1)
+		if err == nil && h != nil && failed > 0 {
+			return
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
+	t.Fatal("four renewals later nobody holds the volume that is attached here: anybody can attach it without --force")
+}
+
+// B4: the lease is lost while an attach is under way: the volume is attached under the lease that is gone.
+func TestLeaseLostDuringAttach(t *testing.T) {
+	k := newCluster(t, true)
+	block := make(chan struct{})
+	k.c.SetFaults(func(_ context.Context, method string) temp.Fault {
+		if method == "Commit" {
+			<-block // an attach that takes long (here: its last transaction)
+		}
+		return temp.None
+	})
+	ch := k.open()
+	time.Sleep(300 * time.Millisecond)
+	k.mds.Advance(11 * time.Second)
+	time.Sleep(4 * time.Second) // a renewal: a new lease is taken
+	close(block)
+	o := <-ch
+	if o.err != nil {
+		t.Fatal(o.err)
+	}
+	time.Sleep(4 * time.Second)
+	if h, err := k.c.Holder(context.Background(), 1); err != nil || h == nil {
+		t.Fatal(fmt.Sprint("attached, and nobody holds it: ", h, err))
+	}
+}
+
+// B5: a fenced volume is opened again.
+func TestOpenAfterFence(t *testing.T) {
+	k := newCluster(t, true)
+	o := <-k.open()
+	if o.err != nil {
+		t.Fatal(o.err)
+	}
+	lease, _ := k.c.GrantLease(context.Background(), time.Minute)
+	if _, err := k.c.Attach(context.Background(), 1, lease, nil, true); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(200 * time.Millisecond)
+	_ = k.c.Unlock(context.Background(), 1, 2)
+	if x := <-k.open(); x.err == nil {
+		t.Log("opened")
+	} else {
+		t.Log("with a user left: ", x.err)
+	}
+	k.do(func() { k.dir.Close("v", o.dev) })
+	if x := <-k.open(); x.err != nil {
+		t.Fatal("after the last user: ", x.err)
+	}
+}

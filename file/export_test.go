@@ -1,0 +1,18 @@
+package file
+
+import (
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/models"
+)
+
+// FillTable lists n more blocks of an older epoch, each with one live page.
+func (f *File) FillTable(n int) {
+	ps := &models.PlacementSet{RingVersion: 1, Replication: uint32(f.repl)}
+	for i := range n {
+		ref := torus.BlockRef{Type: torus.TypeBlock, Volume: f.vol, INode: 0, Index: torus.IndexID(i)}
+		slot := f.table.add(ref, ps, f.dist.Set(ref, ps))
+		f.table.setLength(slot, 2)
+		f.table.addLive(slot, 1)
+		f.table.e[slot].sealed = true
+	}
+}
