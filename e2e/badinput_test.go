@@ -189,8 +189,6 @@ func TestRot(t *testing.T) {
 // their files anew (D3: what cannot be verified is no reason to forget what can).
 func TestRotEverywhere(t *testing.T) {
 	t.Run("sealed", func(t *testing.T) { testRotEverywhere(t, false) })
-	// The last block of a volume that is attached is still open.
-	t.Run("open", func(t *testing.T) { testRotEverywhere(t, true) })
 	// The last blocks of a volume that is attached are still open.
 	t.Run("open", func(t *testing.T) { testRotEverywhere(t, true) })
 }
