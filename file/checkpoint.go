@@ -1,6 +1,7 @@
 package file
 
 import (
+	"fmt"
 	"time"
 
 	"github.com/coreos/torus"
@@ -183,14 +184,10 @@ func (f *File) freeze() (*frozen, error) {
 		})
 	}
 	// The INode first, into a record of its own, since its bytes must lie together.
-	size := 128 + 9*len(f.m.top) + 64*(len(f.table.pages)+2)
-	for _, s := range f.table.sets {
-		size += (proto.Size(s) + 8) * 2
+	pages := f.inodeNeeds()
+	if pages > f.inodeMost() {
+		return z, fmt.Errorf("an INode of %d pages does not fit a block: %w", pages, torus.ErrOutOfSpace)
 	}
-	for range f.table.pages {
-		size += 24 * f.repl
-	}
-	pages := (size + pageSize - 1) / pageSize
 	inode, err := f.meta.record(f, pages, false)
 	if err != nil {
 		return z, err
@@ -216,6 +213,26 @@ func (f *File) freeze() (*frozen, error) {
 	}
 	f.finishInode(z, inode, pages)
 	return z, nil
+}
+
+// inodeNeeds bounds from above how many pages the next INode takes.
+func (f *File) inodeNeeds() int {
+	size := 128 + 9*len(f.m.top) + (64+24*f.repl)*(len(f.table.pages)+2)
+	for _, s := range f.table.sets {
+		size += (proto.Size(s) + 8) * 2
+	}
+	return (size + pageSize - 1) / pageSize
+}
+
+// inodeMost is how many it may take: it lies in one record of one block.
+func (f *File) inodeMost() int {
+	return min(record.MaxPages, int(f.cfg.BlockSize)/pageSize-1)
+}
+
+// tableFull reports whether the volume cannot list more blocks: their places have 24 bits in an entry of the map, and the pages
+// of the table are listed in the INode. Some are kept for what a checkpoint itself writes.
+func (f *File) tableFull(reserve int) bool {
+	return f.table.full() || f.inodeNeeds()+reserve > f.inodeMost()
 }
 
 // count changes a block's live pages, until the checkpoint fails.

@@ -86,7 +86,7 @@ func (f *File) nextBlock() bool {
 	if f.blk != nil {
 		f.blk.closed = true
 	}
-	if f.table.full() {
+	if f.tableFull(4) {
 		f.setFull(true)
 		return false
 	}

@@ -36,8 +36,8 @@ func (w *sideWriter) open(f *File, size uint32) (*openBlock, error) {
 	if w.blk != nil && !w.blk.dead && f.connected(w.blk.set) && w.blk.end+size <= f.cfg.BlockSize {
 		return w.blk, nil
 	}
-	if f.table.full() {
-		return nil, fmt.Errorf("the volume uses %d blocks, which is all it can list: %w", maxTable, torus.ErrOutOfSpace)
+	if f.tableFull(1) {
+		return nil, fmt.Errorf("the volume uses %d blocks, which is all it can list: %w", len(f.table.e), torus.ErrOutOfSpace)
 	}
 	if healthy, usable := f.dist.Room(); usable < f.repl {
 		err := torus.ErrNoPeer

@@ -106,3 +106,25 @@ func TestWriteLargerThanBlock(t *testing.T) {
 	}
 	c.detach()
 }
+
+// A block table that has grown to what an INode can list: new writes fail with a clear error, and what was written
+// is there.
+func TestTableFull(t *testing.T) {
+	r := newRig(t, 1, 3, 2, 8<<20)
+	c := r.attach(nil)
+	b := bytes.Repeat([]byte{9}, 4096)
+	c.must(&device.Request{Op: device.Write, Data: b, Flags: device.FUA})
+	c.l.Post(func() { c.f.FillTable(330_000) })
+	var err error
+	for i := 0; err == nil && i < 20; i++ {
+		err = c.do(&device.Request{Op: device.Write, Off: 4096, Data: make([]byte, 64<<10)})
+	}
+	if !errors.Is(err, device.ErrOutOfSpace) {
+		t.Fatalf("with a full table: %v", err)
+	}
+	got := make([]byte, 4096)
+	c.must(&device.Request{Op: device.Read, Data: got})
+	if !bytes.Equal(got, b) {
+		t.Fatal("what was written before is gone")
+	}
+}
