@@ -24,7 +24,8 @@ const (
 	OpFence Op = 4
 	// OpSeal (mutating) makes Ref immutable at Len bytes; a longer tail is dropped. A hint, sent after a commit.
 	OpSeal Op = 5
-	// OpRead fills Data with the bytes of Ref from Off. Reading beyond the block's length is ErrGap.
+	// OpRead fills Data with the bytes of Ref from Off. Reading beyond the block's length is ErrGap, except where
+	// a store has found damage in the block: then it gives what is there, for the reader's checksums to judge.
 	// Epoch 0 reads as they are; a recovery's reads carry its epoch and are refused below the fence.
 	OpRead Op = 6
 	// OpScan replies the headers of the records of Ref from byte Off on, in the form of package

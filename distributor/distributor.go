@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"time"
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/loop"
@@ -53,7 +52,6 @@ type peer struct {
 	up    bool
 	full  bool // it refused a new block for want of space, or says so itself
 	alive bool // its lease in the MDS lives: it is worth waiting for
-	since time.Duration
 }
 
 // New returns a Distributor that knows no peers yet: see SetPeers and SetRing.
@@ -113,13 +111,13 @@ func (d *Distributor) connect(p *peer, addr string) {
 	var conn Conn // events of an abandoned connection are not this peer's any more
 	conn = d.cfg.Dial(p.id, addr, func() {
 		if p.conn == conn {
-			p.up, p.since = true, d.loop.Now()
+			p.up = true
 			d.log.Info("peer connected", "peer", p.id, "address", addr)
 			d.changed()
 		}
 	}, func(err error) {
 		if p.conn == conn && p.up {
-			p.up, p.since = false, d.loop.Now()
+			p.up = false
 			d.log.Warn("peer lost", "peer", p.id, "address", addr, "err", err)
 			d.changed()
 		}
@@ -176,7 +174,7 @@ func (d *Distributor) Usable(p torus.PeerID) bool {
 // Lost remembers that p's connection refused a request: it is down, and the news of that is on its way.
 func (d *Distributor) Lost(p torus.PeerID) {
 	if x := d.peers[p]; x != nil && x.up {
-		x.up, x.since = false, d.loop.Now()
+		x.up = false
 	}
 }
 

@@ -25,7 +25,6 @@ type Read struct {
 	Wait bool
 	// Until, if set, is asked before each round; an error ends the read with it.
 	Until func() error
-	Tag   uint64
 	User  any
 
 	d       *Distributor
@@ -50,7 +49,7 @@ func (d *Distributor) NewRead() *Read {
 
 // Release gives a finished Read back for reuse.
 func (r *Read) Release() {
-	r.Data, r.Set, r.User, r.Err, r.Tag = nil, nil, nil, nil, 0
+	r.Data, r.Set, r.User, r.Err = nil, nil, nil, nil
 	r.Verify, r.Done, r.Wait, r.Until = nil, nil, false, nil
 	r.d.reads = append(r.d.reads, r)
 }

@@ -16,8 +16,8 @@
 //	last     made into a record (write.go)
 //
 // acked is the highest held ever was: acknowledgement is in sequence order, across blocks. When a replica
-// fails (roll), sent and held fall back to flushed and everything above goes to the next block; acked
-// stays. Records above applied are retained in memory, and reads look there first (overlay.go).
+// fails (roll), sent and held fall back to before its block, and everything from there on goes to the next block;
+// acked stays. Records above applied are retained in memory, and reads look there first (overlay.go).
 package file
 
 import (

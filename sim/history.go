@@ -136,7 +136,6 @@ func (h *History) Check(read func(page uint64) ([]byte, error), atLeast uint64) 
 			high, highPage = writes[i+1]-1, page
 		}
 	}
-	low = max(low, 0)
 	if low > high {
 		return 0, fmt.Errorf("C1: page %d holds write %d, but page %d holds nothing newer than write %d, which write %d has replaced", lowPage, low, highPage, h.last(highPage, high), high+1)
 	}
