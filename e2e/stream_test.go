@@ -3,7 +3,10 @@ package e2e
 import (
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -24,12 +27,12 @@ type stream struct {
 	wg   sync.WaitGroup
 
 	mu     sync.Mutex
-	paths  [3]path // writes and flushes, reads, and sleeps of a millisecond: how long the machine makes everybody wait
+	paths  [4]path // writes and flushes, reads, and how long the machine alone makes everybody wait: sleeps of a millisecond, writes to a file
 	newest []uint64
 	err    error
 }
 
-// path is one of the three.
+// path is one of the four.
 type path struct {
 	last time.Time // of the last completion
 	gap  time.Duration
@@ -41,11 +44,14 @@ type path struct {
 type stall struct {
 	write, read   time.Duration // the longest gap
 	writes, reads int
-	noise         time.Duration // the longest wait for the processor
+	noise         time.Duration // the longest wait for the processor or for the disk that everything here shares
 	when          time.Time     // the longest gap of all ended
 }
 
 func (s stall) max() time.Duration { return max(s.write, s.read) }
+
+// own is the part of the longest stall that the machine cannot be blamed for.
+func (s stall) own() time.Duration { return max(0, s.max()-s.noise) }
 
 func (s stall) String() string {
 	return fmt.Sprintf("longest stall of writes and flushes %v (%d done), of reads %v (%d done), until %s; the machine alone %v",
@@ -69,6 +75,24 @@ func startStream(t *testing.T, a nbdclient.Address, first, pages uint64, pace ti
 		for s.running(nil) {
 			time.Sleep(time.Millisecond)
 			s.completed(2)
+		}
+	})
+	f, err := os.Create(filepath.Join(tempDir(t), "alone"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.wg.Go(func() {
+		defer f.Close()
+		b := make([]byte, pageSize)
+		for i := int64(0); s.running(nil); i++ {
+			if _, err := f.WriteAt(b, i%256*pageSize); err != nil {
+				s.running(err)
+			}
+			if err := syscall.Fdatasync(int(f.Fd())); err != nil {
+				s.running(err)
+			}
+			s.completed(3)
+			time.Sleep(5 * time.Millisecond)
 		}
 	})
 	t.Cleanup(func() {
@@ -100,14 +124,14 @@ func (s *stream) look() stall {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := time.Now()
-	var out [3]path
+	var out [4]path
 	for i := range s.paths {
 		p := &s.paths[i]
 		p.wait(now)
 		out[i] = *p
 		p.gap, p.done = 0, 0
 	}
-	all := stall{write: out[0].gap, read: out[1].gap, writes: out[0].done, reads: out[1].done, noise: out[2].gap, when: out[0].when}
+	all := stall{write: out[0].gap, read: out[1].gap, writes: out[0].done, reads: out[1].done, noise: max(out[2].gap, out[3].gap), when: out[0].when}
 	if all.read > all.write {
 		all.when = out[1].when
 	}

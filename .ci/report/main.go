@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"strings"
 )
 
@@ -24,6 +25,8 @@ type event struct {
 // tally is what has been seen so far.
 type tally struct {
 	passed, failed, skipped int
+	// complaints are the lines of failed tests that a test itself wrote, to be said again at the end.
+	complaints []string
 	// output holds what each test, or (with an empty name) package, has said, until it is known whether to show it.
 	output map[[2]string][]string
 	// failedIn counts the failed tests of a package: a package that fails without one did not build, or crashed.
@@ -47,6 +50,9 @@ func report(in io.Reader, out io.Writer) bool {
 		if err != nil {
 			break
 		}
+	}
+	for _, s := range t.complaints {
+		fmt.Fprint(out, s)
 	}
 	if t.skipped > 0 {
 		fmt.Fprintf(out, "%d skipped\n", t.skipped)
@@ -97,9 +103,17 @@ func (t *tally) line(out io.Writer, line string) {
 	}
 }
 
+// complaint matches what t.Error, and t.Log too, write.
+var complaint = regexp.MustCompile(`^\s*\w+_test\.go:\d+: `)
+
 func (t *tally) show(out io.Writer, key [2]string) {
 	for _, s := range t.output[key] {
 		fmt.Fprint(out, s)
+		if complaint.MatchString(s) {
+			t.complaints = append(t.complaints, key[1]+": "+strings.TrimLeft(s, " "))
+		}
 	}
+	// A test says much; what it said last is most of the time why it failed.
+	t.complaints = t.complaints[max(0, len(t.complaints)-40):]
 	delete(t.output, key)
 }

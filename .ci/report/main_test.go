@@ -34,9 +34,14 @@ func TestReportShowsFailures(t *testing.T) {
 	report(strings.NewReader(`{"Action":"output","Package":"p","Test":"TestA","Output":"good news\n"}
 {"Action":"pass","Package":"p","Test":"TestA"}
 {"Action":"output","Package":"p","Test":"TestB","Output":"bad news\n"}
+{"Action":"output","Package":"p","Test":"TestB","Output":"    b_test.go:12: worse\n"}
+{"Action":"output","Package":"p","Test":"TestB","Output":"the log of a server\n"}
 {"Action":"fail","Package":"p","Test":"TestB"}
 `), &out)
 	if s := out.String(); !strings.Contains(s, "bad news") || strings.Contains(s, "good news") {
 		t.Errorf("report:\n%s", s)
+	}
+	if s := out.String(); !strings.HasSuffix(s, "\nTestB: b_test.go:12: worse\n1 passed, 1 failed\n") {
+		t.Errorf("the complaint is not said again at the end:\n%s", s)
 	}
 }
