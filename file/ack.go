@@ -12,7 +12,8 @@ import (
 func (o *appendOp) done(q *torus.Request) {
 	f, b, i := o.f, o.blk, o.rep
 	end := q.Off + q.Len
-	q.Data, o.blk = nil, nil
+	o.seg.unref()
+	q.Data, o.blk, o.seg = nil, nil, nil
 	f.freeOps = append(f.freeOps, o)
 	if b.dead || f.err != nil {
 		return

@@ -10,7 +10,7 @@ import (
 const segmentSize = 4 << 20
 
 // segment is a piece of memory that records lie in one behind the other, so that each can leave in one
-// write. It goes back to the pool when its last record is forgotten.
+// write. It goes back to the pool when its last record is forgotten and no append of one is under way any more.
 type segment struct {
 	b    *buf.Buf
 	mem  []byte
@@ -100,6 +100,16 @@ func (f *File) newRec(want, most int) *rec {
 	r.mem = f.seg.mem[f.seg.used : f.seg.used+record.HeaderSize]
 	r.maxPages = min(most, (segmentSize-f.seg.used)/pageSize-1)
 	return r
+}
+
+// move gives the record memory of its own, so that another header can be put before the same pages.
+func (r *rec) move() {
+	b := buf.Get(len(r.mem))
+	s := &segment{b: b, mem: b.Bytes(), refs: 1}
+	s.used = copy(s.mem, r.mem)
+	r.mem = s.mem[:s.used:s.used]
+	r.seg.unref()
+	r.seg = s
 }
 
 // extend adds n pages to the record being built and returns their memory. Only the newest record of a

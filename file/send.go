@@ -33,6 +33,7 @@ type appendOp struct {
 	f   *File
 	blk *openBlock
 	rep int
+	seg *segment // holds what is sent
 }
 
 func (f *File) newOp() *appendOp {
@@ -62,6 +63,9 @@ func (f *File) pump() {
 // send puts r at the end of the open block and sends it to every replica at once.
 func (f *File) send(r *rec) {
 	b := f.blk
+	if r.blk != nil {
+		r.move() // a replica of the block that was given up may still be receiving it, under its old header
+	}
 	r.blk, r.off = b, b.end
 	b.end += r.size()
 	f.sent = r.seq
@@ -70,7 +74,8 @@ func (f *File) send(r *rec) {
 	r.hdr.Encode(r.mem[:pageSize])
 	for i, p := range b.set {
 		o := f.newOp()
-		o.blk, o.rep = b, i
+		o.blk, o.rep, o.seg = b, i, r.seg
+		o.seg.refs++
 		q := &o.req
 		q.Op, q.Ref, q.Epoch, q.Off, q.Len, q.Data, q.Peer = torus.OpAppend, b.ref, f.epoch, r.off, r.size(), r.mem, p
 		f.dist.Submit(p, q)
