@@ -1,6 +1,14 @@
 package file
 
-import "github.com/coreos/torus/record"
+import (
+	"errors"
+
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/record"
+)
+
+// loadTries is how often a node of the map that every replica has damaged is asked for again, before what is acknowledged goes on without.
+const loadTries = 20
 
 // apply moves flushed records from memory into the map, in order. It stops where a leaf has to be loaded first,
 // and goes on when that is there. What is applied is at its final place: a later roll does not touch it.
@@ -14,8 +22,18 @@ func (f *File) apply() {
 			f.applying = true
 			f.m.load(page, func(err error) {
 				f.applying = false
-				if err != nil {
-					f.log.Error("cannot load the map, trying again", "page", page, "err", err)
+				switch {
+				case err == nil:
+					f.loadTries = 0
+				case f.err == nil && (errors.Is(err, errLost) || errors.Is(err, torus.ErrCorrupt) && f.loadTries >= loadTries):
+					f.loadTries = 0
+					first, n := f.m.lose(page)
+					f.log.Error("a node of the map is damaged on every replica: what it pointed to is lost, and reads as an error until it is written anew",
+						"offset", first*pageSize, "bytes", n*pageSize, "err", err)
+				default:
+					if f.loadTries++; f.loadTries == 1 {
+						f.log.Error("cannot load the map, trying again", "page", page, "err", err)
+					}
 					f.loop.After(retryEvery, f.apply)
 					return
 				}

@@ -15,7 +15,6 @@ import (
 	"github.com/coreos/torus/loop"
 	"github.com/coreos/torus/models"
 	"github.com/coreos/torus/record"
-	"google.golang.org/protobuf/proto"
 )
 
 const (
@@ -180,7 +179,7 @@ func (a *recovery) run() error {
 	f, t := a.f, a.t
 	head := f.state.Head
 	f.table.init()
-	f.m.init(f.size, f.cfg.MapBytes, f.readNode)
+	f.m.init(f.size, f.cfg.MapBytes, f.readNode, f.checkNode)
 	f.meta.typ = torus.TypeINode
 	defer f.dist.Watch(a.happened)()
 	if err := a.window(); err != nil {
@@ -398,116 +397,12 @@ func (a *recovery) missing() (names []string, everybody bool) {
 	return names, everybody
 }
 
-// loadInode reads the INode that the head names, and the block table.
-func (f *File) loadInode(t *loop.Task, h *models.Head) error {
-	b, err := f.readExtent(t, h.Inode)
-	if err != nil {
-		return fmt.Errorf("INode %d: %w", h.Number, err)
-	}
-	n := &models.INode{}
-	if err := proto.Unmarshal(b, n); err != nil || n.Format != 1 || n.Volume != uint64(f.vol) || n.Number != h.Number {
-		return fmt.Errorf("INode %d is not what its head says: %w", h.Number, torus.ErrCorrupt)
-	}
-	for _, s := range n.Sets {
-		f.table.intern(s)
-		if err := f.dist.NeedRing(t, s.RingVersion); err != nil {
-			return again(err)
-		}
-	}
-	f.table.pages = n.Table
-	f.table.dirty = make([]bool, len(n.Table))
-	pages := make([][]byte, len(n.Table))
-	var failed error
-	const atOnce = 64
-	for i := 0; i < len(pages); i += atOnce {
-		t.All(min(atOnce, len(pages)-i), func(k int, done func()) {
-			f.startExtent(n.Table[i+k], func(b []byte, err error) {
-				pages[i+k] = b
-				if err != nil {
-					failed = fmt.Errorf("block table page %d: %w", i+k, err)
-				}
-				done()
-			})
-		})
-		if failed != nil {
-			return failed
-		}
-	}
-	for i, b := range pages {
-		if err := f.table.decodePage(i, b); err != nil {
-			return err
-		}
-	}
-	for i := range f.table.e {
-		if !f.table.e[i].used {
-			f.table.reuse(uint32(i))
-		}
-	}
-	if err := f.resolve(); err != nil {
-		return err
-	}
-	for i, e := range n.Top {
-		if i < len(f.m.top) {
-			f.m.top[i].ptr = entry(e)
-		}
-	}
-	ref := torus.BlockRef{Type: torus.TypeINode, Volume: f.vol, INode: torus.INodeID(h.Inode.Epoch), Index: torus.IndexID(h.Inode.Index)}
-	slot, ok := f.table.byRef[ref]
-	if !ok {
-		return fmt.Errorf("INode %d does not list its own block: %w", h.Number, torus.ErrCorrupt)
-	}
-	// Its pages were counted when it was written, padding included; the record says how many.
-	f.meta.inodeSlot = slot
-	f.meta.inodePages, err = f.inodePages(t, ref, h.Inode)
-	return err
-}
-
-// inodePages is how many pages the record of an INode takes.
-func (f *File) inodePages(t *loop.Task, ref torus.BlockRef, x *models.Extent) (int, error) {
-	b, err := f.readRaw(t, ref, f.dist.Set(ref, x.Set), x.Offset-record.HeaderSize, record.HeaderSize, true)
-	if err != nil {
-		return 0, err
-	}
-	var h record.Header
-	if err := h.Decode(b); err != nil {
-		return 0, err
-	}
-	return h.Pages(), nil
-}
-
-func (f *File) readExtent(t *loop.Task, x *models.Extent) (b []byte, err error) {
-	if err := f.dist.NeedRing(t, x.Set.RingVersion); err != nil {
-		return nil, again(err)
-	}
-	t.Wait(func(wake func()) {
-		f.startExtent(x, func(got []byte, e error) {
-			b, err = got, e
-			wake()
-		})
-	})
-	return b, err
-}
-
-func (f *File) startExtent(x *models.Extent, done func([]byte, error)) {
-	rd := f.dist.NewRead()
-	rd.Ref = torus.BlockRef{Type: torus.TypeINode, Volume: f.vol, INode: torus.INodeID(x.Epoch), Index: torus.IndexID(x.Index)}
-	rd.Off, rd.Data, rd.Set, rd.Wait = x.Offset, make([]byte, x.Length), f.dist.Set(rd.Ref, x.Set), true
-	b := rd.Data
-	rd.Verify = func(*read) bool { return record.Checksum(b) == x.Crc32C }
-	rd.Done = func(rd *read) {
-		err := rd.Err
-		rd.Release()
-		done(b, err)
-	}
-	rd.Start()
-}
-
-func (f *File) readRaw(t *loop.Task, ref torus.BlockRef, set torus.PeerList, off, n uint32, wait bool) ([]byte, error) {
+func (f *File) readRaw(t *loop.Task, ref torus.BlockRef, set torus.PeerList, off, n uint32) ([]byte, error) {
 	b := make([]byte, n)
 	var err error
 	t.Wait(func(wake func()) {
 		rd := f.dist.NewRead()
-		rd.Ref, rd.Off, rd.Data, rd.Set, rd.Wait = ref, off, b, set, wait
+		rd.Ref, rd.Off, rd.Data, rd.Set = ref, off, b, set
 		rd.Done = func(rd *read) {
 			err = rd.Err
 			rd.Release()
@@ -672,7 +567,7 @@ func (a *recovery) complete(b *oldBlock) error {
 			if end == at {
 				return fmt.Errorf("no record at %d of %v: %w", at, b.ref, torus.ErrCorrupt)
 			}
-			data, err := f.readRaw(a.t, b.ref, have, at, end-at, false)
+			data, err := f.readRaw(a.t, b.ref, have, at, end-at)
 			if err != nil {
 				return err
 			}

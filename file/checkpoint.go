@@ -289,7 +289,7 @@ func (f *File) freezeInner(z *frozen, t *topNode) error {
 			}
 		}
 		old := in.ptr[i]
-		if old != 0 {
+		if old.kind() == entryData {
 			f.count(z, old.slot(), -1)
 		}
 		in.ptr[i] = e
@@ -312,7 +312,7 @@ func (f *File) freezeInner(z *frozen, t *topNode) error {
 		}
 	}
 	old := t.ptr
-	if old != 0 {
+	if old.kind() == entryData {
 		f.count(z, old.slot(), -1)
 	}
 	t.ptr = e

@@ -131,6 +131,7 @@ type File struct {
 	freeSyncs                                 []*syncOp
 	over                                      overlay
 	applying                                  bool // waiting for a leaf
+	loadTries                                 int  // how often that one could not be loaded
 
 	// Blocks.
 	win    window

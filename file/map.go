@@ -29,6 +29,7 @@ const (
 	entryHole = 0
 	entryData = 1 // table, page and CRC say where the bytes are
 	entryZero = 2 // zeroes, explicitly written
+	entryLost = 3 // what was here is not known any more: reads fail
 
 	maxTable = 1 << 24
 )
@@ -37,7 +38,10 @@ func dataEntry(slot uint32, page uint32, crc uint32) entry {
 	return entry(slot)<<40 | entry(page)<<26 | entryData<<24 | entry(crc&0xffffff)
 }
 
-const zeroEntry = entry(entryZero << 24)
+const (
+	zeroEntry = entry(entryZero << 24)
+	lostEntry = entry(entryLost << 24)
+)
 
 func (e entry) kind() int    { return int(e>>24) & 3 }
 func (e entry) slot() uint32 { return uint32(e >> 40) }
@@ -75,6 +79,7 @@ type topNode struct {
 type fmap struct {
 	top         []topNode
 	read        func(e entry, dst []byte, done func(error)) // reads a node
+	check       func(e *[fanout]entry, leaf bool) error     // whether a node's entries point to what there is
 	leaves      int
 	dirtyLeaves int
 	frozen      int // leaves that a checkpoint is writing
@@ -83,10 +88,10 @@ type fmap struct {
 	hand        int
 }
 
-func (m *fmap) init(size uint64, maxBytes int, read func(entry, []byte, func(error))) {
+func (m *fmap) init(size uint64, maxBytes int, read func(entry, []byte, func(error)), check func(*[fanout]entry, bool) error) {
 	pages := (size + pageSize - 1) / pageSize
 	m.top = make([]topNode, (pages+innerPages-1)/innerPages)
-	m.read = read
+	m.read, m.check = read, check
 	m.maxLeaves = max(minLeaves, maxBytes/(nodeSize+64))
 }
 
@@ -199,10 +204,12 @@ func (m *fmap) load(page uint64, done func(error)) {
 		}
 		b := make([]byte, nodeSize)
 		m.read(t.ptr, b, func(err error) {
-			if err == nil {
+			if err == nil && t.in == nil { // it may have been given up meanwhile: see lose
 				in := &inner{}
 				decodeNode(b, &in.ptr)
-				t.in = in
+				if err = m.check(&in.ptr, false); err == nil {
+					t.in = in
+				}
 			}
 			wake(&t.loads, err)
 		})
@@ -223,16 +230,40 @@ func (m *fmap) load(page uint64, done func(error)) {
 	}
 	b := make([]byte, nodeSize)
 	m.read(in.ptr[i], b, func(err error) {
-		if err == nil {
+		if err == nil && in.leaf[i] == nil {
 			l := &leaf{page: page / leafPages * leafPages}
 			decodeNode(b, &l.e)
-			m.evict() // only here: whoever uses leaves that it has found present must not lose them
-			m.adopt(in, i, l)
+			if err = m.check(&l.e, true); err == nil {
+				m.evict() // only here: whoever uses leaves that it has found present must not lose them
+				m.adopt(in, i, l)
+			}
 		}
 		waiters := in.loads[i]
 		delete(in.loads, i)
 		wake(&waiters, err)
 	})
+}
+
+// lose gives up the node on the way to a page that is not in memory, as it cannot be read: what it pointed to is lost.
+// It reports how many pages from which on that are.
+func (m *fmap) lose(page uint64) (first, n uint64) {
+	t := &m.top[page/innerPages]
+	if t.in == nil {
+		t.ptr, t.in = lostEntry, &inner{dirty: true}
+		for i := range t.in.ptr {
+			t.in.ptr[i] = lostEntry
+		}
+		return page / innerPages * innerPages, innerPages
+	}
+	i := page / leafPages % fanout
+	l := &leaf{page: page / leafPages * leafPages}
+	for k := range l.e {
+		l.e[k] = lostEntry
+	}
+	t.in.ptr[i] = lostEntry
+	m.adopt(t.in, int(i), l)
+	m.touch(l)
+	return l.page, leafPages
 }
 
 func wake(l *[]func(error), err error) {

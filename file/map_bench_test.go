@@ -16,7 +16,7 @@ const benchPages = 8 << 30 / pageSize
 // fullMap is the map, and the block table, of a volume that was written at random, all of it.
 func fullMap() *File {
 	f := &File{}
-	f.m.init(benchPages*pageSize, benchPages*8*2, nil)
+	f.m.init(benchPages*pageSize, benchPages*8*2, nil, nil)
 	f.table.init()
 	const perBlock = 4<<20/pageSize - 1
 	for slot := range uint32((benchPages + perBlock - 1) / perBlock) {
@@ -90,7 +90,7 @@ func BenchmarkMapLoad(b *testing.B) {
 	m.init(8*minLeaves*leafPages*pageSize, 1, func(_ entry, dst []byte, done func(error)) {
 		copy(dst, node)
 		done(nil)
-	})
+	}, func(*[fanout]entry, bool) error { return nil })
 	for i := range m.top {
 		m.top[i].ptr = dataEntry(1, 1, 1)
 	}

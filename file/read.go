@@ -2,6 +2,7 @@ package file
 
 import (
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/coreos/torus"
@@ -96,6 +97,10 @@ func (op *readOp) lookUp(first, last uint64) {
 			continue
 		}
 		e, _ := f.m.get(p)
+		if e.kind() == entryLost {
+			op.err = errLost
+			continue
+		}
 		if e.kind() != entryData {
 			clear(dst)
 			continue
@@ -224,6 +229,10 @@ func runDone(rd *distributor.Read) {
 
 // readNode reads a node of the map.
 func (f *File) readNode(e entry, dst []byte, done func(error)) {
+	if e.kind() != entryData {
+		done(errLost)
+		return
+	}
 	f.readAt(e, dst, nil, func(rd *distributor.Read) bool {
 		return record.Checksum(rd.Data)&0xffffff == e.crc()
 	}, func(rd *distributor.Read) {
@@ -253,7 +262,7 @@ func (f *File) contents(page uint64, dst []byte) bool {
 		return true
 	}
 	e, ok := f.m.get(page)
-	if !ok || e.kind() == entryData {
+	if !ok || e.kind() == entryData || e.kind() == entryLost {
 		return false
 	}
 	clear(dst)
@@ -351,7 +360,7 @@ func (f *File) status(r *device.Request) {
 				})
 				return
 			}
-			x.Hole, x.Zero = e.kind() == entryHole, e.kind() != entryData
+			x.Hole, x.Zero = e.kind() == entryHole, e.kind() == entryHole || e.kind() == entryZero
 			budget--
 		}
 		x.Len = min(stop, end) - at
@@ -364,6 +373,8 @@ func (f *File) status(r *device.Request) {
 	}
 	r.Finish(nil)
 }
+
+var errLost = fmt.Errorf("the map of this page was damaged on every replica: %w", torus.ErrCorrupt)
 
 var errGone = errors.New("block table entry without placement")
 

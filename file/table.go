@@ -15,6 +15,7 @@ import (
 const (
 	tableEntrySize = 32
 	tablePageSlots = pageSize / tableEntrySize
+	maxSets        = 1<<16 - 16 // a checkpoint's own blocks may need some more
 )
 
 // tableEntry is one block the file uses.
@@ -29,13 +30,14 @@ type tableEntry struct {
 }
 
 type table struct {
-	e     []tableEntry
-	free  []uint32
-	byRef map[torus.BlockRef]uint32
-	dirty []bool           // pages changed since they were last written
-	pages []*models.Extent // where each page was last written
-	sets  []*models.PlacementSet
-	setID map[string]uint16
+	e        []tableEntry
+	free     []uint32
+	byRef    map[torus.BlockRef]uint32
+	dirty    []bool           // pages changed since they were last written
+	pages    []*models.Extent // where each page was last written
+	sets     []*models.PlacementSet
+	setID    map[string]uint16
+	freeSets []uint16 // indexes of sets that no block of the INode attached from was in
 	// sum of live and of length over data blocks, pages
 	liveData, lengthAll uint64
 }
@@ -45,8 +47,11 @@ func (t *table) init() {
 	t.setID = map[string]uint16{}
 }
 
-// full reports whether the table cannot list another block: an entry of the map has no more bits for its place.
-func (t *table) full() bool { return len(t.free) == 0 && len(t.e) >= maxTable }
+// full reports whether the table cannot list another block: an entry of the map has no more bits for its place, or one of
+// the table no more for its placement set.
+func (t *table) full() bool {
+	return len(t.free) == 0 && len(t.e) >= maxTable || len(t.freeSets) == 0 && len(t.sets) >= maxSets
+}
 
 // add lists a block, for which there must be room, and returns its slot.
 func (t *table) add(ref torus.BlockRef, ps *models.PlacementSet, peers torus.PeerList) uint32 {
@@ -106,18 +111,48 @@ func (t *table) usage() (live, stored uint64) {
 	return t.liveData * pageSize, t.lengthAll * pageSize
 }
 
+// intern returns the index of a placement set, which is listed if it was not.
 func (t *table) intern(ps *models.PlacementSet) uint16 {
+	key := setKey(ps)
+	id, ok := t.setID[key]
+	if !ok {
+		if n := len(t.freeSets); n > 0 {
+			id, t.freeSets = t.freeSets[n-1], t.freeSets[:n-1]
+			t.sets[id] = ps
+		} else {
+			id = uint16(len(t.sets))
+			t.sets = append(t.sets, ps)
+		}
+		t.setID[key] = id
+	}
+	return id
+}
+
+func setKey(ps *models.PlacementSet) string {
 	key := fmt.Sprintf("%d/%d", ps.RingVersion, ps.Replication)
 	for _, p := range ps.Peers {
 		key += string(p)
 	}
-	id, ok := t.setID[key]
-	if !ok {
-		id = uint16(len(t.sets))
-		t.sets = append(t.sets, ps)
-		t.setID[key] = id
+	return key
+}
+
+// adoptSets finds which sets of an INode just read are used by its blocks, and returns them. The others' indexes are free.
+func (t *table) adoptSets() (used []*models.PlacementSet) {
+	named := make([]bool, len(t.sets))
+	for i := range t.e {
+		if t.e[i].used {
+			named[t.e[i].set] = true
+		}
 	}
-	return id
+	for i, ps := range t.sets {
+		if !named[i] {
+			t.freeSets = append(t.freeSets, uint16(i))
+			continue
+		}
+		t.setID[setKey(ps)] = uint16(i)
+		used = append(used, ps)
+	}
+	return used
 }
 
 // encodePage writes page p of the table to b.
@@ -140,6 +175,9 @@ func (t *table) encodePage(p int, b []byte) {
 
 // decodePage reads page p of the table.
 func (t *table) decodePage(p int, b []byte) error {
+	if len(b) != pageSize {
+		return fmt.Errorf("block table page of %d bytes: %w", len(b), torus.ErrCorrupt)
+	}
 	for i := range tablePageSlots {
 		s := p*tablePageSlots + i
 		x := b[i*tableEntrySize:]
