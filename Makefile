@@ -11,7 +11,7 @@ GOLANGCI_LINT         = bin/golangci-lint-$(GOLANGCI_LINT_VERSION)
 # What the tests and the README call besides Go.
 TOOLS = fio nbdkit libnbd-bin qemu-utils qemu-block-extra nbd-client fuse3 xfsprogs e2fsprogs iproute2 iptables
 
-.PHONY: build run test race lint sim bench bench-compare bench-go e2e setup clean
+.PHONY: build run test race lint sim bench bench-compare bench-go e2e soak setup clean
 
 build:
 	mkdir -p bin
@@ -60,6 +60,10 @@ sim:
 # Clusters of real processes under real clients.
 e2e: build
 	go test $(TESTFLAGS) -count 1 -timeout 60m ./e2e
+
+# The same with every fault repeated as often as docs/testing.md says; hours. Only some: make soak SOAKFLAGS='-run TestPeerLoss'
+soak: build
+	TORUS_E2E_SOAK=1 go test $(TESTFLAGS) -count 1 -timeout 12h -v $(SOAKFLAGS) ./e2e
 
 setup:
 	apt-get update -q

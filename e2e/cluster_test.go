@@ -17,6 +17,7 @@ import (
 
 const (
 	peerSize = "6GiB"
+	soakSize = "24GiB" // in a long run, which writes more
 	// startLimit is how long a process may take to serve.
 	startLimit = 20 * time.Second
 	// leaseTime is how long a volume stays locked after its holder's death (DESIGN §4).
@@ -26,6 +27,8 @@ const (
 // cluster is an etcd, three torusd and any number of torusblk.
 type cluster struct {
 	dir      string
+	net      *network // nil: all on this machine's loopback
+	peerSize string
 	etcdURL  string // HOST:PORT
 	torusctl string // its path
 	etcd     *process
@@ -39,11 +42,6 @@ type cluster struct {
 type peer struct {
 	*process
 	http string // HOST:PORT
-}
-
-// ready says whether it serves, by its own account.
-func (p *peer) ready(ctx context.Context) error {
-	return getOK(ctx, "http://"+p.http+"/readyz")
 }
 
 // blk is a torusblk nbdserve.
@@ -62,7 +60,9 @@ func sharedCluster(t *testing.T) *cluster {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		shared.cluster = startCluster(t, dir)
+		c := &cluster{dir: dir}
+		c.start(t)
+		shared.cluster = c
 	}
 	c := shared.cluster
 	c.ended = nil
@@ -85,16 +85,42 @@ func sharedCluster(t *testing.T) *cluster {
 // ownCluster is a cluster for one test.
 func ownCluster(t *testing.T) *cluster {
 	t.Helper()
-	c := startCluster(t, tempDir(t))
+	return (&cluster{dir: tempDir(t)}).started(t)
+}
+
+// networkCluster is a cluster for one test with an address for every process, so that any two can be cut off from each other.
+// NBD is on unix sockets, which no cut reaches.
+func networkCluster(t *testing.T) *cluster {
+	t.Helper()
+	dir := tempDir(t)
+	nodes := []string{clientNode, etcdNode, adminNode}
+	for i := range 3 {
+		nodes = append(nodes, peerName(i))
+	}
+	return (&cluster{dir: dir, net: newNetwork(t, dir, nodes...)}).started(t)
+}
+
+func peerName(i int) string { return fmt.Sprintf("peer%d", i+1) }
+
+// started starts the cluster for one test.
+func (c *cluster) started(t *testing.T) *cluster {
+	t.Helper()
+	c.start(t)
 	t.Cleanup(c.kill)
 	logOnFailure(t, c.processes)
 	return c
 }
 
-// startCluster starts an etcd and three peers, and waits until torusctl says that all is well.
-func startCluster(t *testing.T, dir string) *cluster {
+// start starts an etcd and three peers, and waits until torusctl says that all is well.
+func (c *cluster) start(t *testing.T) {
 	t.Helper()
-	c := &cluster{dir: dir, torusctl: program(t, "torusctl")}
+	c.torusctl = program(t, "torusctl")
+	if c.peerSize == "" {
+		c.peerSize = peerSize
+		if soaking() {
+			c.peerSize = soakSize
+		}
+	}
 	ok := false
 	defer func() {
 		if !ok {
@@ -107,7 +133,7 @@ func startCluster(t *testing.T, dir string) *cluster {
 	c.startEtcd(t)
 	c.ctl(t, "init", "--block-spec", "crc,rep=2")
 	for i := range 3 {
-		c.peers = append(c.peers, c.newPeer(t, fmt.Sprintf("peer%d", i+1)))
+		c.peers = append(c.peers, c.newPeer(t, peerName(i)))
 	}
 	for _, p := range c.peers {
 		p.start(t)
@@ -122,17 +148,34 @@ func startCluster(t *testing.T, dir string) *cluster {
 	c.ctl(t, "peer", "add", "--all-peers")
 	c.waitHealthy(t, startLimit)
 	ok = true
-	return c
+}
+
+// node is the network of a node, nil without a network of our own.
+func (c *cluster) node(name string) *namespace {
+	if c.net == nil {
+		return nil
+	}
+	return c.net.nodes[name]
+}
+
+// address is one that nobody listens on yet, of a node.
+func (c *cluster) address(t testing.TB, node string) string {
+	if ns := c.node(node); ns != nil {
+		ns.ports++
+		return fmt.Sprintf("%s:%d", ns.ip, 7000+ns.ports)
+	}
+	return freePort(t)
 }
 
 func (c *cluster) startEtcd(t *testing.T) {
 	t.Helper()
-	c.etcdURL = freePort(t)
-	peer := "http://" + freePort(t)
+	c.etcdURL = c.address(t, etcdNode)
+	peer := "http://" + c.address(t, etcdNode)
 	client := "http://" + c.etcdURL
 	c.etcd = newProcess(c.dir, "etcd", program(t, "etcd"), "--name", "e", "--data-dir", filepath.Join(c.dir, "etcd"),
 		"--listen-client-urls", client, "--advertise-client-urls", client, "--listen-peer-urls", peer,
 		"--initial-advertise-peer-urls", peer, "--initial-cluster", "e="+peer, "--log-level", "warn")
+	c.etcd.net = c.node(etcdNode)
 	c.etcd.start(t)
 	c.waitEtcd(t)
 }
@@ -140,19 +183,19 @@ func (c *cluster) startEtcd(t *testing.T) {
 func (c *cluster) waitEtcd(t *testing.T) {
 	t.Helper()
 	eventually(t, startLimit, "etcd is healthy", func() error {
-		return getOK(t.Context(), "http://"+c.etcdURL+"/health")
+		return c.getOK(t.Context(), "http://"+c.etcdURL+"/health")
 	})
 }
 
 // getOK asks a page that must be there.
-func getOK(ctx context.Context, url string) error {
+func (c *cluster) getOK(ctx context.Context, url string) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return err
 	}
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := c.node(adminNode).client().Do(req)
 	if err != nil {
 		return err
 	}
@@ -167,9 +210,10 @@ func (c *cluster) peerDir(name string) string { return filepath.Join(c.dir, name
 
 func (c *cluster) newPeer(t *testing.T, name string) *peer {
 	t.Helper()
-	p := &peer{http: freePort(t)}
-	p.process = newProcess(c.dir, name, program(t, "torusd"), "--etcd", c.etcdURL, "--data-dir", c.peerDir(name), "--size", peerSize,
-		"--peer-address", "tdp://"+freePort(t), "--label", "host="+name, "--http", p.http)
+	p := &peer{http: c.address(t, name)}
+	p.process = newProcess(c.dir, name, program(t, "torusd"), "--etcd", c.etcdURL, "--data-dir", c.peerDir(name), "--size", c.peerSize,
+		"--peer-address", "tdp://"+c.address(t, name), "--label", "host="+name, "--http", p.http)
+	p.net = c.node(name)
 	return p
 }
 
@@ -228,7 +272,7 @@ func (c *cluster) ctl(t testing.TB, args ...string) string {
 }
 
 func (c *cluster) tryCtl(ctx context.Context, args ...string) (string, error) {
-	return try(ctx, append([]string{c.torusctl, "-C", c.etcdURL}, args...)...)
+	return try(ctx, c.node(adminNode).enter(append([]string{c.torusctl, "-C", c.etcdURL}, args...))...)
 }
 
 type peerJSON struct {
@@ -274,7 +318,7 @@ func (c *cluster) waitHealthy(t testing.TB, limit time.Duration) time.Duration {
 			Members  int
 		}
 		for _, p := range c.peers {
-			if err := p.ready(t.Context()); err != nil {
+			if err := c.getOK(t.Context(), "http://"+p.http+"/readyz"); err != nil {
 				return err
 			}
 		}
@@ -316,6 +360,7 @@ func (c *cluster) newBlkAt(t *testing.T, etcd string, flags ...string) *blk {
 	b := &blk{socket: filepath.Join(c.dir, name+".sock")}
 	args := append([]string{program(t, "torusblk"), "-C", etcd}, flags...)
 	b.process = newProcess(c.dir, name, append(args, "nbdserve", "-l", "unix:"+b.socket)...)
+	b.net = c.node(clientNode)
 	c.blks = append(c.blks, b)
 	b.serve(t)
 	return b

@@ -50,7 +50,7 @@ func TestDev(t *testing.T) {
 
 	c = up("after SIGTERM")
 	w.mustEqual(t, c)
-	for i := range rounds(t, 3) {
+	for i := range rounds(t, 3, 10) {
 		stop := w.start(c)
 		time.Sleep(500 * time.Millisecond)
 		p.kill()

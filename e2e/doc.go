@@ -4,7 +4,7 @@
 // It needs root (loop devices, mounts) and the tools that `make setup` installs; a test fails if one is missing.
 // "Killed" is SIGKILL of a process: its memory is lost and the page cache stays, so nothing here is a power cut.
 //
-// Knobs, all optional environment variables: TORUS_E2E_ROUNDS multiplies how often a fault is repeated, in percent
-// (100); TORUS_E2E_KEEP names a directory in which data and logs are left; TORUS_E2E_BUILDFLAGS go to go build
+// Knobs, all optional environment variables: TORUS_E2E_SOAK=1 repeats the faults as often as figures need (make soak);
+// TORUS_E2E_ROUNDS multiplies how often, in percent (100); TORUS_E2E_KEEP names a directory in which data and logs are left; TORUS_E2E_BUILDFLAGS go to go build
 // ("-race").
 package e2e

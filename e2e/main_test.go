@@ -104,10 +104,16 @@ func tempDir(t *testing.T) string {
 	return dir
 }
 
-// rounds scales how often a fault is repeated.
-func rounds(t *testing.T, n int) int {
+// soaking says whether the faults are to be repeated as often as it takes to believe the figures (make soak).
+func soaking() bool { return os.Getenv("TORUS_E2E_SOAK") != "" }
+
+// rounds is how often a fault is repeated: short, or soak in a long run.
+func rounds(t testing.TB, short, soak int) int {
 	t.Helper()
-	percent := 100
+	n, percent := short, 100
+	if soaking() {
+		n = soak
+	}
 	if text := os.Getenv("TORUS_E2E_ROUNDS"); text != "" {
 		p, err := strconv.Atoi(text)
 		if err != nil || p < 1 {

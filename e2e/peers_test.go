@@ -94,10 +94,10 @@ func fio(ctx context.Context, dir string, a nbdclient.Address, job ...string) (t
 	return time.Duration(max(j.Read.Clat.Max, j.Write.Clat.Max)), nil
 }
 
-// One peer at a time is killed, or stopped and woken, under fio with verification: no error, no wrong byte (D1, W1), and nobody
-// waits longer than a second for a peer that is gone, three for one that is silent.
+// One peer at a time is killed, or stopped and woken, or cut off from everybody without a word, under fio with verification: no
+// error, no wrong byte (D1, W1), and nobody waits longer than a second for a peer that is gone, three for one that is silent.
 func TestPeerLoss(t *testing.T) {
-	c := sharedCluster(t)
+	c := networkCluster(t)
 	volume := c.newVolume(t, "1GiB")
 	b := c.newBlk(t)
 	fill := dial(t, b.export(volume), startLimit)
@@ -119,10 +119,11 @@ func TestPeerLoss(t *testing.T) {
 	}{
 		{"killed", time.Second, (*process).kill, func(p *process) { p.start(t) }},
 		{"stopped", 3 * time.Second, (*process).freeze, (*process).thaw},
+		{"cut off", 3 * time.Second, func(p *process) { c.net.cut(t, c.net.isolated(p.name)...) }, func(*process) { c.net.heal(t) }},
 	} {
 		var worst stall
 		var own time.Duration // the longest that is not the machine's
-		for i := range rounds(t, 10) {
+		for i := range rounds(t, 6, 50) {
 			p := c.peers[i%3]
 			s.look()
 			fault.hurt(p.process)
@@ -169,7 +170,7 @@ func TestAllPeersKilled(t *testing.T) {
 	conn, late := dial(t, b.export(volume), startLimit), dial(t, b.export(volume), startLimit)
 	defer late.Close()
 	w := newStamper(11, 0, 8192, 16)
-	for round := range rounds(t, 4) {
+	for round := range rounds(t, 4, 20) {
 		dead := c.peers
 		if round%2 == 1 {
 			dead = []*peer{c.peers[round%3], c.peers[(round+1)%3]}

@@ -44,6 +44,7 @@ type process struct {
 	name string
 	args []string
 	log  string
+	net  *namespace // nil: this machine's
 
 	mu     sync.Mutex
 	cmd    *exec.Cmd
@@ -88,7 +89,8 @@ func (p *process) tryStart() error {
 	}
 	defer log.Close()
 	fmt.Fprintf(log, "--- %s %s\n", time.Now().Format("15:04:05.000"), strings.Join(p.args, " "))
-	cmd := exec.Command(p.args[0], p.args[1:]...)
+	args := p.net.enter(p.args)
+	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stdout, cmd.Stderr = log, log
 	if err := startDying(cmd); err != nil {
 		return fmt.Errorf("%s: %w", p.name, err)
@@ -120,6 +122,12 @@ func (p *process) state() (*exec.Cmd, chan struct{}) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.cmd, p.exited
+}
+
+// pid is its process id; it has been started.
+func (p *process) pid() int {
+	cmd, _ := p.state()
+	return cmd.Process.Pid
 }
 
 // alive says whether it runs.
