@@ -135,7 +135,7 @@ func (v *Virtual) RunFor(d time.Duration) {
 
 // step runs one event; false if there is none up to the deadline.
 func (v *Virtual) step(deadline time.Duration) bool {
-	if len(v.ready) == 0 {
+	for len(v.ready) == 0 { // more than once if what is due belongs to a paused loop
 		if len(v.timers) == 0 {
 			return false
 		}
@@ -181,12 +181,14 @@ type VirtualLoop struct {
 	v      *Virtual
 	name   string
 	dead   bool
+	paused bool
 	inTurn bool
 	queue  fifo[virtualEvent]
 	defers []func()
 
 	running int       // jobs on a helper
 	waiting fifo[Job] // for a helper
+	delay   func(*rand.Rand) time.Duration
 }
 
 var _ Loop = (*VirtualLoop)(nil)
@@ -240,6 +242,38 @@ func (l *VirtualLoop) Kill() {
 	}
 }
 
+// Pause stops the process the loop stands for, as SIGSTOP would: nothing of it runs, helpers included, until Resume;
+// what becomes due meanwhile runs then.
+func (l *VirtualLoop) Pause() {
+	if l.paused || l.gone() {
+		return
+	}
+	l.paused = true
+	for i, r := range l.v.ready {
+		if r == l {
+			l.v.unready(i)
+			break
+		}
+	}
+}
+
+// Resume ends a Pause.
+func (l *VirtualLoop) Resume() {
+	if !l.paused {
+		return
+	}
+	l.paused = false
+	if l.queue.len() > 0 && !l.gone() {
+		l.v.ready = append(l.v.ready, l)
+	}
+}
+
+// Paused reports whether the loop is between Pause and Resume.
+func (l *VirtualLoop) Paused() bool { return l.paused }
+
+// SetOffloadDelay is that of Virtual for this loop alone: a slow disk. nil: as all others.
+func (l *VirtualLoop) SetOffloadDelay(f func(*rand.Rand) time.Duration) { l.delay = f }
+
 // turn runs one event and what it defers.
 func (l *VirtualLoop) turn(e virtualEvent) {
 	if e.timer != nil {
@@ -265,7 +299,7 @@ func (l *VirtualLoop) enqueue(e virtualEvent) {
 	if l.gone() {
 		return
 	}
-	if l.queue.len() == 0 {
+	if l.queue.len() == 0 && !l.paused {
 		l.v.ready = append(l.v.ready, l)
 	}
 	l.queue.push(e)
@@ -318,7 +352,11 @@ func (l *VirtualLoop) Offload(j Job) {
 		return
 	}
 	l.running++
-	l.after(l.v.offloadDelay(l.v.rand), KindWork, func() {
+	delay := l.delay
+	if delay == nil {
+		delay = l.v.offloadDelay
+	}
+	l.after(delay(l.v.rand), KindWork, func() {
 		j.Work()
 		l.enqueue(virtualEvent{kind: KindDone, fn: j.Done})
 		l.running--

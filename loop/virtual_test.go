@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 )
@@ -377,5 +378,36 @@ func TestTimerHeap(t *testing.T) {
 		if removed != n {
 			t.Fatalf("%d of %d timers came back", removed, n)
 		}
+	}
+}
+
+// A paused loop runs nothing, and afterwards everything that has become due, in order; others go on.
+func TestVirtualPause(t *testing.T) {
+	v := NewVirtual(1)
+	a, b := v.NewLoop("a"), v.NewLoop("b")
+	var ran []string
+	say := func(what string) func() { return func() { ran = append(ran, what) } }
+	a.Post(say("posted before"))
+	a.After(time.Millisecond, say("timer"))
+	a.Offload(Func(say("work"), say("done")))
+	a.Pause()
+	a.Post(say("posted after"))
+	b.After(2*time.Millisecond, say("other"))
+	v.RunFor(10 * time.Millisecond)
+	if got := strings.Join(ran, ", "); got != "other" {
+		t.Fatalf("while paused: %s", got)
+	}
+	a.Resume()
+	v.RunFor(10 * time.Millisecond)
+	if got := strings.Join(ran, ", "); got != "other, posted before, posted after, work, timer, done" {
+		t.Fatalf("after: %s", got)
+	}
+	a.Post(say("never"))
+	a.Pause()
+	a.Kill()
+	a.Resume()
+	v.RunFor(time.Millisecond)
+	if len(ran) != 6 {
+		t.Fatal("a killed loop runs")
 	}
 }

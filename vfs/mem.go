@@ -133,6 +133,28 @@ func (m *Mem) Kill() {
 	clear(m.locks)
 }
 
+// Rot damages stored bytes, as a medium does: of each page of a file for which pick returns true one byte, drawn from rng, is
+// changed, in memory too where that holds what the medium does. Pages with unsynced changes, and those that were never written, are passed over.
+// pick must keep neither page nor change it. It returns how many pages were damaged.
+func (m *Mem) Rot(rng *rand.Rand, pick func(name string, off int64, page []byte) bool) (n int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, name := range slices.Sorted(maps.Keys(m.seen)) {
+		x := m.seen[name]
+		for _, no := range slices.Sorted(maps.Keys(x.durable.pages)) {
+			p := x.durable.pages[no]
+			if x.seen.pages[no] != p || !pick(name, no*memPageSize, p[:]) {
+				continue
+			}
+			q := *p // a clone may share it
+			q[rng.IntN(memPageSize)] ^= byte(1 + rng.IntN(255))
+			x.durable.pages[no], x.seen.pages[no] = &q, &q
+			n++
+		}
+	}
+	return n
+}
+
 // CrashClone returns what could be found after a power cut at this moment, each possibility drawn from rng; the
 // original goes on unharmed. Of each file: what was synced is there. Each later write is kept, dropped, or torn, whatever
 // became of the others, so that a later one may survive an earlier one; where two overlap, the older never covers

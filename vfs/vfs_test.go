@@ -404,3 +404,49 @@ func BenchmarkReadAtCached(b *testing.B) {
 		}
 	}
 }
+
+// Rot changes what is stored, and what a reader sees; nothing unsynced, and no clone.
+func TestMemRot(t *testing.T) {
+	m := vfs.NewMem(1)
+	f, err := m.Create("a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := bytes.Repeat([]byte{7}, 3*4096)
+	if _, err := f.WriteAt(old, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(f.Datasync(), m.SyncDir(".")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt([]byte{8}, 2*4096); err != nil {
+		t.Fatal(err)
+	}
+	rng := rand.New(rand.NewPCG(1, 1))
+	clone := m.CrashClone(rng)
+	if n := m.Rot(rng, func(name string, off int64, page []byte) bool {
+		return name == "a" && off >= 4096 && page[0] == 7
+	}); n != 1 {
+		t.Fatalf("%d pages damaged, want the second: the third has unsynced changes", n)
+	}
+	b := make([]byte, 3*4096)
+	if _, err := f.ReadAt(b, 0); err != nil {
+		t.Fatal(err)
+	}
+	wrong := 0
+	for i := range b[:2*4096] {
+		if b[i] != 7 {
+			wrong++
+		}
+	}
+	if wrong != 1 || b[2*4096] != 8 {
+		t.Fatalf("%d bytes are wrong, want 1", wrong)
+	}
+	g, err := clone.Open("a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := g.ReadAt(b[:2*4096], 0); err != nil || !bytes.Equal(b[:2*4096], old[:2*4096]) {
+		t.Fatal("a clone was damaged, too")
+	}
+}

@@ -167,6 +167,17 @@ func (s *Server) Deliver() int {
 	return len(late)
 }
 
+// Peek returns the state of a volume as it is, without a request, for a checker beside the cluster; nil if there is no such
+// volume. It must not be changed.
+func (s *Server) Peek(id torus.VolumeID) *models.VolumeState {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if v := s.byID[id]; v != nil {
+		return v.state
+	}
+	return nil
+}
+
 // Client returns a new connection to the store.
 func (s *Server) Client() *Client { return &Client{s: s, closed: make(chan struct{})} }
 
