@@ -56,7 +56,7 @@ func (f *File) replicaFailed(q *torus.Request, b *openBlock) {
 // acknowledge completes, in order, the writes whose record and every lower one is in memory on every replica of one block.
 func (f *File) acknowledge() {
 	moved := false
-	for f.held < f.sent {
+	for f.held < f.sent && f.err == nil {
 		r := f.rec(f.held + 1)
 		if r.end() > r.blk.stored {
 			break
@@ -76,10 +76,13 @@ func (f *File) acknowledge() {
 		r.reqs, f.spareReqs = f.spareReqs, nil
 		for i, q := range reqs {
 			reqs[i] = nil
-			if q.Flags&device.FUA != 0 {
-				f.waiters = append(f.waiters, flushWaiter{seq, q})
-			} else {
+			switch {
+			case q.Flags&device.FUA == 0:
 				q.Finish(nil)
+			case f.err != nil: // by the Finish of another
+				q.Finish(f.err)
+			default:
+				f.waiters = append(f.waiters, flushWaiter{seq, q})
 			}
 		}
 		f.spareReqs = reqs[:0]

@@ -74,4 +74,24 @@ func TestReentrancy(t *testing.T) {
 	}
 }
 
-var _ = torus.ErrGap
+// A file that fails in the Done of a write still owes an answer to those acknowledged along with it.
+func TestFailFromDone(t *testing.T) {
+	r := newRig(t, 1, 3, 2, 8<<20)
+	c := r.attach(nil)
+	left := 2
+	c.l.Post(func() {
+		c.f.Submit(&device.Request{Op: device.Write, Len: 4096, Data: pg(1, 1), Done: func(*device.Request) {
+			left--
+			c.f.Abandon(torus.ErrClosed)
+		}})
+		c.f.Submit(&device.Request{Op: device.Write, Off: 4096, Len: 4096, Data: pg(2, 1), Flags: device.FUA, Done: func(q *device.Request) {
+			left--
+			if q.Err == nil {
+				t.Error("D1: a write with FUA succeeded on a file that had failed")
+			}
+		}})
+	})
+	if !r.v.Run(func() bool { return left == 0 }, time.Minute) {
+		t.Fatalf("%d requests never complete", left)
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -50,7 +51,13 @@ type fakeConn struct {
 	down func(error)
 	last time.Duration // replies keep their order
 	open bool
-	live []*torus.Request
+	live []*flight
+}
+
+// flight is a request under way: the same Request may be submitted again as soon as this one is done.
+type flight struct {
+	*torus.Request
+	sum uint32 // of the data of an append
 }
 
 func (c *fakeConn) Close() { c.open = false }
@@ -60,11 +67,11 @@ func (c *fakeConn) Submit(q *torus.Request) {
 		q.Finish(torus.ErrNoPeer)
 		return
 	}
-	c.live = append(c.live, q)
-	sum := uint32(0)
+	x := &flight{Request: q}
 	if q.Op == torus.OpAppend {
-		sum = record.Checksum(q.Data)
+		x.sum = record.Checksum(q.Data)
 	}
+	c.live = append(c.live, x)
 	at := max(c.l.Now()+time.Duration(1+c.p.r.rng.IntN(200))*time.Microsecond, c.last+1)
 	if q.Op == torus.OpSync { // a disk takes its time, and appends do not wait for it
 		at += time.Duration(c.p.r.rng.IntN(3000)) * time.Microsecond
@@ -73,16 +80,16 @@ func (c *fakeConn) Submit(q *torus.Request) {
 	}
 	var serve func()
 	serve = func() {
-		if c.p.hold != nil && (c.p.hold(q) || slices.Index(c.live, q) > slices.IndexFunc(c.live, func(x *torus.Request) bool { return x.Ref == q.Ref })) {
+		if c.p.hold != nil && (c.p.hold(q) || slices.Index(c.live, x) > slices.IndexFunc(c.live, func(y *flight) bool { return y.Ref == q.Ref })) {
 			c.l.After(time.Millisecond, serve)
 			return
 		}
-		if i := slices.Index(c.live, q); i < 0 {
+		if i := slices.Index(c.live, x); i < 0 {
 			return // the connection broke
 		} else {
 			c.live = slices.Delete(c.live, i, i+1)
 		}
-		if q.Op == torus.OpAppend && sum != record.Checksum(q.Data) {
+		if q.Op == torus.OpAppend && x.sum != record.Checksum(q.Data) {
 			c.p.r.t.Errorf("the data of an append to %v was changed while it was under way", q.Ref)
 		}
 		q.Finish(c.p.serve(q))
@@ -93,8 +100,8 @@ func (c *fakeConn) Submit(q *torus.Request) {
 // crash closes the peer's connections. lose: power is lost as well.
 func (p *fakePeer) crash(lose bool) {
 	p.up = false
-	for ref, b := range p.blocks {
-		if lose {
+	for _, ref := range slices.SortedFunc(maps.Keys(p.blocks), func(a, b torus.BlockRef) int { return bytes.Compare(a.ToBytes(), b.ToBytes()) }) {
+		if b := p.blocks[ref]; lose {
 			keep := b.synced + p.r.rng.IntN(len(b.data)-b.synced+1)/4096*4096
 			b.data = b.data[:keep]
 			b.data = b.data[:validLength(ref, b.data)]
@@ -111,7 +118,7 @@ func (p *fakePeer) crash(lose bool) {
 		c.live = nil
 		for _, q := range live {
 			if p.r.rng.IntN(2) == 0 {
-				p.serveLate(q) // it had arrived
+				p.serveLate(q.Request) // it had arrived
 			}
 			q.Finish(torus.ErrBlockUnavailable)
 		}
@@ -451,7 +458,7 @@ func (c *client) kill() {
 					if c.r.rng.IntN(2) == 0 {
 						break // the rest never left
 					}
-					p.serveLate(q)
+					p.serveLate(q.Request)
 				}
 			}
 		}
