@@ -9,7 +9,7 @@ GOLANGCI_LINT_VERSION = v2.15.0
 GOLANGCI_LINT         = bin/golangci-lint-$(GOLANGCI_LINT_VERSION)
 
 # What the tests and the README call besides Go.
-TOOLS = fio nbdkit libnbd-bin qemu-utils qemu-block-extra nbd-client fuse3 xfsprogs e2fsprogs iproute2 iptables
+TOOLS = fio nbdkit libnbd-bin qemu-utils qemu-block-extra nbd-client fuse3 xfsprogs e2fsprogs iproute2 iptables postgresql sqlite3
 
 .PHONY: build run test race lint sim bench bench-compare bench-go e2e soak setup clean
 
