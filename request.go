@@ -36,13 +36,17 @@ const (
 	// OpList replies the tails of all blocks of Ref.Volume (every volume if 0, or if Off is ListEveryVolume) greater
 	// than Ref in (type, volume, INode, index) order, Len at most.
 	OpList Op = 9
+	// OpPut (mutating) stores Data, whole records from byte 0 on, as all there is of Ref: durable and sealed. It takes the place of
+	// the copy that is there, if any, which stays until the new one is durable, whatever happens meanwhile. A copy of more than Len
+	// bytes is not replaced, as it has grown since the caller looked: ErrAgain. For a peer that mends its own copies; not part of TDP.
+	OpPut Op = 10
 )
 
 // ListEveryVolume as the Off of an OpList walks all volumes, page by page: Ref is then only where to go on from.
 const ListEveryVolume = 1
 
 func (o Op) String() string {
-	names := [...]string{1: "Ping", "Append", "Sync", "Fence", "Seal", "Read", "Scan", "Delete", "List"}
+	names := [...]string{1: "Ping", "Append", "Sync", "Fence", "Seal", "Read", "Scan", "Delete", "List", "Put"}
 	if int(o) < len(names) && names[o] != "" {
 		return names[o]
 	}
@@ -51,7 +55,7 @@ func (o Op) String() string {
 
 // Mutating reports whether o changes a block, and so needs an epoch at or above the fence.
 func (o Op) Mutating() bool {
-	return o == OpAppend || o == OpSync || o == OpSeal || o == OpDelete
+	return o == OpAppend || o == OpSync || o == OpSeal || o == OpDelete || o == OpPut
 }
 
 // Tail says how much of a block a store holds.
@@ -69,7 +73,7 @@ type Request struct {
 	Epoch uint64 // the caller's epoch, see Op
 	Off   uint32 // bytes from the start of the block
 	Len   uint32 // bytes, or a count; see Op
-	Data  []byte // Append: what to store, a multiple of PageSize. Read: where to put it. Scan: set by the store.
+	Data  []byte // Append, Put: what to store, a multiple of PageSize. Read: where to put it. Scan: set by the store.
 
 	// Done is called exactly once, on the loop of whoever submitted, possibly before Submit returns.
 	Done func(*Request)

@@ -156,7 +156,7 @@ func (s *Service) Submit(r *torus.Request) {
 		r.Finish(nil)
 		return
 	}
-	if r.Op < torus.OpPing || r.Op > torus.OpList {
+	if r.Op < torus.OpPing || r.Op > torus.OpPut {
 		r.Finish(fmt.Errorf("%v: %w", r.Op, torus.ErrNotSupported))
 		return
 	}
@@ -266,7 +266,7 @@ func (f *flight) end(r *torus.Request) {
 	case r.Err != nil:
 		s.m.failures[r.Op].Inc()
 	case v == nil || v.read == nil:
-	case r.Op == torus.OpAppend:
+	case r.Op == torus.OpAppend, r.Op == torus.OpPut:
 		v.written.Add(float64(len(r.Data)))
 	case r.Op == torus.OpRead:
 		v.read.Add(float64(len(r.Data)))

@@ -32,6 +32,7 @@ type truth struct {
 	synced   int    // bytes whose sync was acknowledged
 	seal     int    // -1, or the length of a seal that was asked for
 	sealed   bool   // … and acknowledged
+	put      int    // -1, or the length of a Put under way
 	deleting bool   // a delete was asked for
 	deleted  bool   // … and acknowledged
 }
@@ -123,6 +124,9 @@ func (w *world) submit(r *torus.Request, ok func()) {
 		if r.Err == nil {
 			w.acked++
 			ok()
+		} else if b := w.blocks[r.Ref]; r.Op == torus.OpPut && (errors.Is(r.Err, torus.ErrOutOfSpace) || b.deleting) {
+			b.put = -1
+			b.data = b.data[:max(b.held, b.seal)] // nothing, if it was not there before
 		} else if r.Op == torus.OpSeal && w.blocks[r.Ref].deleting && errors.Is(r.Err, torus.ErrBlockNotExist) {
 			// overtaken by a delete
 		} else if b := w.blocks[r.Ref]; r.Op == torus.OpAppend && (errors.Is(r.Err, torus.ErrOutOfSpace) || errors.Is(r.Err, torus.ErrGap)) && int(r.Off) >= b.held {
@@ -139,13 +143,16 @@ func (w *world) step() {
 	if len(w.refs) == 0 || len(w.refs) < crashSlots && w.rng.IntN(5) == 0 {
 		w.next++
 		ref := torus.BlockRef{Volume: 1, INode: 1, Index: torus.IndexID(w.next)}
-		w.blocks[ref] = &truth{seal: -1}
+		w.blocks[ref] = &truth{seal: -1, put: -1}
 		w.refs = append(w.refs, ref)
 	}
 	i := w.rng.IntN(len(w.refs))
 	ref := w.refs[i]
 	b := w.blocks[ref]
-	switch k := w.rng.IntN(20); {
+	if b.put >= 0 {
+		return
+	}
+	switch k := w.rng.IntN(22); {
 	case k < 9: // append
 		if b.seal >= 0 || b.held < len(b.data) && w.faults {
 			return
@@ -180,6 +187,8 @@ func (w *world) step() {
 		w.refs = slices.Delete(w.refs, i, i+1)
 		b.deleting = true
 		w.submit(&torus.Request{Op: torus.OpDelete, Ref: ref}, func() { b.deleted = true })
+	case k < 20:
+		w.putBlock(ref, b)
 	case b.held > 0:
 		n := b.held
 		if b.seal >= 0 {
@@ -193,6 +202,31 @@ func (w *world) step() {
 			}
 		})
 	}
+}
+
+// putBlock puts another copy of a block in its place, or a new block.
+func (w *world) putBlock(ref torus.BlockRef, b *truth) {
+	if b.held < len(b.data) || b.seal >= 0 && !b.sealed {
+		return
+	}
+	data := b.data
+	if b.seal >= 0 {
+		data = data[:b.seal]
+	}
+	if b.seal < 0 && len(data) == 0 || w.rng.IntN(3) == 0 && b.seal < 0 { // or a longer one
+		data = append(slices.Clone(data), storetest.Record(ref, uint32(len(data)), w.rng.Uint64()>>1, 0, w.rng.IntN(2))...)
+	}
+	if len(data) == 0 || len(data) > crashBlock {
+		return
+	}
+	most := uint32(len(b.data))
+	if b.sealed {
+		most = uint32(b.seal)
+	}
+	b.data, b.put = data, len(data)
+	w.submit(&torus.Request{Op: torus.OpPut, Ref: ref, Data: data, Len: most}, func() {
+		b.held, b.synced, b.seal, b.sealed, b.put = len(data), len(data), len(data), true, -1
+	})
 }
 
 func (w *world) someBoundary(ref torus.BlockRef, data []byte) int {
@@ -276,6 +310,7 @@ func (w *world) check(mem *vfs.Mem, killed bool) (tails map[torus.BlockRef]torus
 			return nil, fmt.Errorf("%v was invented", x.Ref)
 		case b.deleted:
 			return nil, fmt.Errorf("%v was deleted and is back", x.Ref)
+		case x.Sealed && n == b.put:
 		case n > len(b.data):
 			return nil, fmt.Errorf("%v has %d bytes, %d were appended", x.Ref, n, len(b.data))
 		case x.Sealed && n != b.seal:
@@ -451,7 +486,7 @@ func TestCrashAgainAndAgain(t *testing.T) {
 					continue
 				}
 				n := int(x.Length)
-				*b = truth{data: b.data[:n], held: n, synced: n, seal: -1}
+				*b = truth{data: b.data[:n], held: n, synced: n, seal: -1, put: -1}
 				if x.Sealed {
 					b.seal, b.sealed = n, true
 				}

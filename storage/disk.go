@@ -69,6 +69,8 @@ type Disk struct {
 
 	grow      grower
 	writer    prewriter
+	puts      map[key]*putting // under way
+	damaged   func(torus.BlockRef)
 	parked    []*torus.Request // wait for a slot that is in the making, and all that came after them
 	unparking bool
 }
@@ -159,11 +161,16 @@ func (d *Disk) do(r *torus.Request) bool {
 		r.Finish(fmt.Errorf("%v with a block reference out of range: %w", r.Op, torus.ErrInvalid))
 		return true
 	}
+	if len(d.puts) > 0 && r.Op.Mutating() && d.holdUp(r) {
+		return true
+	}
 	switch r.Op {
 	case torus.OpPing:
 		r.Finish(nil)
 	case torus.OpAppend:
 		return d.append(r)
+	case torus.OpPut:
+		return d.put(r)
 	case torus.OpSync:
 		d.sync(r)
 	case torus.OpFence:
@@ -403,6 +410,9 @@ func (d *Disk) fail(f *file, cause error) {
 // refuse fails a request because the disk failed.
 func (d *Disk) refuse(r *torus.Request, err error) {
 	switch r.Op {
+	case torus.OpPut:
+		d.puts[keyOf(r.Ref)].failed(err)
+		return
 	case torus.OpAppend:
 		d.metrics.failedWrites.Inc()
 	case torus.OpDelete:

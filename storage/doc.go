@@ -10,6 +10,7 @@
 //   - Append: nothing. It survives the end of the process, not a power cut.
 //   - Sync: the first Len bytes of the block, and the block's existence.
 //   - Seal: that the block is immutable at this length. Seal waits for the bytes, then for the slot's entry.
+//   - Put: that the block is these bytes, sealed; until then the copy before is kept.
 //   - Delete: that the block is gone. Its slot is used again only afterwards.
 //
 // Answers for a block that is not there: Append (at Off > 0) and Sync say ErrGap, Read, Scan and Seal ErrBlockNotExist;

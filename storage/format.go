@@ -106,6 +106,7 @@ const (
 	sealing              // sealed for every caller, but the entry is not written yet
 	freeing              // nothing, but the entry may not be durable yet, or somebody still reads
 	broken               // neither entry can be read: the slot is left alone
+	filling              // takes a copy that is being put: in no index yet
 )
 
 // entry describes a slot. Each slot has two places for it, one in each table; a new entry never overwrites the last

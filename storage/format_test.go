@@ -219,7 +219,7 @@ func FuzzIdentity(f *testing.F) {
 	})
 }
 
-// A block in two slots must not be; should it be, the newer entry counts, and the other slot is free again.
+// A crash in the middle of a Put leaves a block in two slots: the newer entry counts, and the other slot is free again.
 func TestBlockInTwoSlots(t *testing.T) {
 	for _, newerFirst := range []bool{false, true} {
 		mem := vfs.NewMem(1)

@@ -76,7 +76,7 @@ func (m *Memory) Submit(r *torus.Request) {
 	}
 	err := m.do(r)
 	switch r.Op {
-	case torus.OpAppend:
+	case torus.OpAppend, torus.OpPut:
 		count(m.metrics.writes, m.metrics.failedWrites, err)
 	case torus.OpRead:
 		count(m.metrics.reads, m.metrics.failedReads, err)
@@ -108,6 +108,8 @@ func (m *Memory) do(r *torus.Request) error {
 		return nil
 	case torus.OpAppend:
 		return m.append(r, s, x)
+	case torus.OpPut:
+		return m.put(r, s, x)
 	case torus.OpFence:
 		r.Tails, r.Committed = nil, 0
 		m.index.window(r, func(s uint32) {
@@ -184,25 +186,51 @@ func (m *Memory) append(r *torus.Request, s uint32, x *slot) error {
 		data = data[len(again):]
 	}
 	if x == nil {
-		if uint32(m.index.n) == m.limit {
-			return fmt.Errorf("all %d slots of the store are taken: %w", m.limit, torus.ErrOutOfSpace)
-		}
-		if n := len(m.spare); n > 0 {
-			s, m.spare = m.spare[n-1], m.spare[:n-1]
-		} else {
-			s = uint32(len(m.slots))
-			m.slots = append(m.slots, slot{})
-			m.blocks = append(m.blocks, memoryBlock{})
+		if s, err = m.add(r.Ref); err != nil {
+			return err
 		}
 		x = &m.slots[s]
-		*x = slot{key: keyOf(r.Ref), state: open, open: -1}
-		m.index.insert(s)
 	}
 	b := &m.blocks[s]
 	b.data = append(b.data, data...)
 	b.flushed = max(b.flushed, flushed)
 	x.length = uint32(len(b.data))
 	r.Length = x.length
+	return nil
+}
+
+// add gives a new block a slot.
+func (m *Memory) add(ref torus.BlockRef) (s uint32, err error) {
+	if uint32(m.index.n) == m.limit {
+		return 0, fmt.Errorf("all %d slots of the store are taken: %w", m.limit, torus.ErrOutOfSpace)
+	}
+	if n := len(m.spare); n > 0 {
+		s, m.spare = m.spare[n-1], m.spare[:n-1]
+	} else {
+		s = uint32(len(m.slots))
+		m.slots = append(m.slots, slot{})
+		m.blocks = append(m.blocks, memoryBlock{})
+	}
+	m.slots[s] = slot{key: keyOf(ref), state: open, open: -1}
+	m.index.insert(s)
+	return s, nil
+}
+
+func (m *Memory) put(r *torus.Request, s uint32, x *slot) error {
+	if x != nil && x.length > r.Len {
+		return fmt.Errorf("put %v: the copy there has %d bytes by now, not %d at most: %w", r.Ref, x.length, r.Len, torus.ErrAgain)
+	}
+	flushed, err := checkAppend(r, m.id.BlockSize, &m.hdr)
+	if err != nil {
+		return err
+	}
+	if x == nil {
+		if s, err = m.add(r.Ref); err != nil {
+			return err
+		}
+	}
+	m.slots[s].state, m.slots[s].length = sealed, uint32(len(r.Data))
+	m.blocks[s] = memoryBlock{bytes.Clone(r.Data), flushed}
 	return nil
 }
 

@@ -82,7 +82,7 @@ func openDisk(cfg Config) (_ *Disk, err error) {
 	}
 	d := &Disk{
 		loop: cfg.Loop, fs: cfg.FS, id: id, log: cfg.Log, perFile: perFile, limit: limit, unlock: unlock, reserve: cfg.ReserveBytes,
-		page: make([]byte, torus.PageSize),
+		page: make([]byte, torus.PageSize), puts: map[key]*putting{},
 	}
 	d.index.slots = &d.slots
 	d.grow.d, d.writer = d, prewriter{d: d, slot: noSlot}
@@ -423,7 +423,8 @@ func (r *recovery) headersAfter(f *file, ref torus.BlockRef, place int64, at uin
 	return l, nil
 }
 
-// buildIndex sorts what was found. A block in two slots must not be; should it be, the newer entry counts.
+// buildIndex sorts what was found. A block is in two slots when a copy was being put in place of another: the one with the newer
+// entry counts, as that was written when all of its bytes were durable.
 func (r *recovery) buildIndex() {
 	d := r.d
 	slices.SortFunc(r.used, func(a, b uint32) int {
@@ -435,7 +436,7 @@ func (r *recovery) buildIndex() {
 	kept := r.used[:0]
 	for _, s := range r.used {
 		if n := len(kept); n > 0 && d.slots[kept[n-1]].key == d.slots[s].key {
-			d.log.Error("a block is in two slots: the newer one is kept", "block", d.slots[s].key.ref(), "slot", kept[n-1], "dropped", s)
+			d.log.Info("a block is in two slots: the copy put last is kept", "block", d.slots[s].key.ref(), "slot", kept[n-1], "dropped", s)
 			r.drop = append(r.drop, s)
 			continue
 		}

@@ -52,6 +52,7 @@ func (d *Disk) read(r *torus.Request) {
 func (d *Disk) finishRead(r *torus.Request, err error) {
 	if err != nil {
 		d.metrics.failedReads.Inc()
+		d.noteDamage(r.Ref, err)
 	} else {
 		d.metrics.reads.Inc()
 	}
@@ -75,6 +76,7 @@ func (d *Disk) scan(r *torus.Request) {
 		d.offloadRead(r, s)
 		return
 	}
+	d.noteDamage(r.Ref, err)
 	r.Finish(err)
 }
 
@@ -195,6 +197,7 @@ func (j *readJob) Done() {
 			r.Length = j.length
 		}
 	}
+	d.noteDamage(r.Ref, err)
 	r.Finish(err)
 }
 

@@ -176,6 +176,8 @@ func (f *file) synced(r *torus.Request) {
 	case r.Op == torus.OpDelete:
 		d.metrics.deletes.Inc()
 		r.Finish(nil)
+	case r.Op == torus.OpPut:
+		d.puts[keyOf(r.Ref)].synced()
 	case d.closed:
 		r.Finish(torus.ErrClosed)
 	default:

@@ -159,6 +159,8 @@ func Run(t *testing.T, open func(t *testing.T, l loop.Loop) torus.Store) {
 		{"SealOrder", sealOrder},
 		{"Delete", deletes},
 		{"DeleteUnderWay", deleteUnderWay},
+		{"Put", puts},
+		{"PutUnderWay", putUnderWay},
 		{"OutOfSpace", outOfSpace},
 		{"Scan", scans},
 		{"Fence", fences},
@@ -485,6 +487,144 @@ func deleteUnderWay(t *testing.T, b *Bench) {
 			must(t, b.Delete(x.Ref))
 		}
 	}
+}
+
+// records is a run of n records from the start of ref.
+func records(ref torus.BlockRef, n int) (all []byte) {
+	for i := range n {
+		all = append(all, Record(ref, uint32(len(all)), uint64(i+1), uint64(i), i%3)...)
+	}
+	return all
+}
+
+func put(ref torus.BlockRef, data []byte, most uint32) *torus.Request {
+	return &torus.Request{Op: torus.OpPut, Ref: ref, Data: data, Len: most}
+}
+
+// A put block is whole, sealed and alone, whatever was there before.
+func puts(t *testing.T, b *Bench) {
+	ref := Ref(1)
+	all := records(ref, 7)
+	half := uint32(len(records(ref, 4)))
+	check := func(ref torus.BlockRef, data []byte) {
+		t.Helper()
+		wantBlock(t, b, ref, data)
+		tails := b.List(1, 100)
+		if len(tails) != 1 || tails[0] != (torus.Tail{Ref: ref, Length: uint32(len(data)), Sealed: true}) {
+			t.Fatalf("tails %+v", tails)
+		}
+		b.Sim.RunFor(time.Second)
+		if used := b.Store.Stats().Used; used != BlockSize {
+			t.Fatalf("%d bytes used by one block of %d", used, BlockSize)
+		}
+		f := b.Do(&torus.Request{Op: torus.OpFence, Ref: Ref(0), Len: 10, Epoch: 9})
+		must(t, f.Err)
+		if f.Committed == 0 {
+			t.Fatal("a put block has forgotten what was flushed")
+		}
+	}
+	// Where nothing was.
+	must(t, b.Do(put(ref, all[:half], 0)).Err)
+	check(ref, all[:half])
+	want(t, b.Append(ref, half, all[half:]), torus.ErrSealed)
+	// In place of a sealed one; a copy that is longer than the caller knows stays.
+	want(t, b.Do(put(ref, all, half-1)).Err, torus.ErrAgain)
+	check(ref, all[:half])
+	must(t, b.Do(put(ref, all, half)).Err)
+	check(ref, all)
+	must(t, b.Do(put(ref, all[:half], BlockSize)).Err)
+	check(ref, all[:half])
+	must(t, b.Sync(ref, half))
+	must(t, b.Seal(ref, half))
+	must(t, b.Delete(ref))
+	// In place of an open one.
+	must(t, b.Append(ref, 0, all[:half]))
+	must(t, b.Do(put(ref, all, half)).Err)
+	check(ref, all)
+	must(t, b.Delete(ref))
+	must(t, b.Append(ref, 0, all))
+	must(t, b.Do(put(ref, all[:half], 1<<32-1)).Err)
+	check(ref, all[:half])
+	// What is not whole records is refused, and changes nothing.
+	bad := slices.Clone(all)
+	bad[len(bad)-1] ^= 1
+	for _, data := range [][]byte{nil, bad, all[:len(all)-100], all[:half-torus.PageSize/2], Record(Ref(2), 0, 1, 0, 1), make([]byte, BlockSize+torus.PageSize)} {
+		if err := b.Do(put(ref, data, 1<<32-1)).Err; !errors.Is(err, torus.ErrInvalid) && !errors.Is(err, torus.ErrCorrupt) {
+			t.Fatalf("put of %d bad bytes: %v", len(data), err)
+		}
+	}
+	check(ref, all[:half])
+	// As many as there are slots, and not one more.
+	for i := range uint64(Slots - 1) {
+		must(t, b.Do(put(Ref(10+i), records(Ref(10+i), 2), 0)).Err)
+	}
+	want(t, b.Do(put(Ref(9), records(Ref(9), 2), 0)).Err, torus.ErrOutOfSpace)
+	wantBlock(t, b, ref, all[:half])
+}
+
+// Requests for a block that is being put take effect before or after that, in their order.
+func putUnderWay(t *testing.T, b *Bench) {
+	ref := Ref(1)
+	all := records(ref, 7)
+	half := uint32(len(records(ref, 4)))
+	del := func() *torus.Request { return &torus.Request{Op: torus.OpDelete, Ref: ref} }
+	gone := func() {
+		t.Helper()
+		b.Sim.RunFor(time.Second)
+		if _, err := b.Read(ref, 0, 1); !errors.Is(err, torus.ErrBlockNotExist) {
+			t.Fatalf("a deleted block: %v", err)
+		}
+		if used := b.Store.Stats().Used; used != 0 {
+			t.Fatalf("%d bytes used by none", used)
+		}
+	}
+	for delay := range 40 { // a delete at every moment of a put
+		must(t, b.Append(ref, 0, all[:half]))
+		must(t, b.Sync(ref, half))
+		p, d := put(ref, all, half), del()
+		left := 2
+		p.Done = func(*torus.Request) { left-- }
+		d.Done = p.Done
+		b.Loop.Post(func() { b.Store.Submit(p) })
+		b.Sim.RunFor(time.Duration(delay*10) * time.Microsecond)
+		b.Loop.Post(func() { b.Store.Submit(d) })
+		if !b.Sim.Run(func() bool { return left == 0 }, time.Minute) {
+			t.Fatal("never done")
+		}
+		must(t, d.Err)
+		if p.Err != nil {
+			want(t, p.Err, torus.ErrAgain)
+		}
+		gone()
+	}
+	// It grows under way: then what has grown stays.
+	must(t, b.Append(ref, 0, all[:half]))
+	p := put(ref, all[:half], half)
+	more := &torus.Request{Op: torus.OpAppend, Ref: ref, Off: half, Data: all[half:]}
+	b.DoAll(p, more)
+	if p.Err == nil { // the append came too late
+		want(t, more.Err, torus.ErrSealed)
+		wantBlock(t, b, ref, all[:half])
+	} else {
+		want(t, p.Err, torus.ErrAgain)
+		must(t, more.Err)
+		wantBlock(t, b, ref, all)
+	}
+	must(t, b.Delete(ref))
+	gone()
+	// Everything at once.
+	must(t, b.Append(ref, 0, all[:half]))
+	seal := &torus.Request{Op: torus.OpSeal, Ref: ref, Len: half}
+	p, q := put(ref, all[:half], half), put(ref, all[:half], half)
+	b.DoAll(seal, p, &torus.Request{Op: torus.OpSync, Ref: ref, Len: half}, q)
+	must(t, seal.Err)
+	must(t, p.Err)
+	must(t, q.Err)
+	wantBlock(t, b, ref, all[:half])
+	d := del()
+	b.DoAll(put(ref, all[:half], half), put(ref, all[:half], half), d)
+	must(t, d.Err)
+	gone()
 }
 
 func outOfSpace(t *testing.T, b *Bench) {

@@ -1,0 +1,25 @@
+package storage
+
+import (
+	"errors"
+
+	"github.com/coreos/torus"
+)
+
+// Damaged has fn called with every block that turns out to be damaged: at once with those that Open found, then, on the loop,
+// whenever a read fails because of the medium or finds something else than the block's records. The same block may be named
+// many times. fn must not use the store before it has returned.
+func (d *Disk) Damaged(fn func(torus.BlockRef)) {
+	d.damaged = fn
+	for s := range d.slots {
+		if x := &d.slots[s]; x.open >= 0 && (d.opens[x.open].suspect || d.opens[x.open].unread) {
+			fn(x.key.ref())
+		}
+	}
+}
+
+func (d *Disk) noteDamage(ref torus.BlockRef, err error) {
+	if d.damaged != nil && (errors.Is(err, torus.ErrIO) || errors.Is(err, torus.ErrCorrupt)) {
+		d.damaged(ref)
+	}
+}
