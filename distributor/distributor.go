@@ -38,11 +38,14 @@ type Distributor struct {
 	loop  loop.Loop
 	peers map[torus.PeerID]*peer
 	order []*peer // by id: anything that goes over all peers does so in this order
+	heard bool    // of the directory
 	ring  torus.Ring
 	rings map[uint64]torus.Ring
-	watch []*watcher
-	m     metrics
-	reads []*Read // free list
+	// members of the current ring
+	members map[torus.PeerID]bool
+	watch   []*watcher
+	m       metrics
+	reads   []*Read // free list
 }
 
 type peer struct {
@@ -52,6 +55,7 @@ type peer struct {
 	up    bool
 	full  bool // it refused a new block for want of space, or says so itself
 	alive bool // its lease in the MDS lives: it is worth waiting for
+	said  complaint
 }
 
 // New returns a Distributor that knows no peers yet: see SetPeers and SetRing.
@@ -70,6 +74,7 @@ func New(cfg Config) *Distributor {
 // SetPeers tells the distributor who exists and where, as the MDS says. Peers that are not in the list any
 // more are disconnected; a peer whose lease has expired keeps its connection for as long as that works.
 func (d *Distributor) SetPeers(list []*models.Peer) {
+	d.heard = true
 	seen := make(map[torus.PeerID]bool, len(list))
 	for _, m := range list {
 		id, err := torus.ParsePeerID(m.Uuid)
@@ -164,6 +169,9 @@ func (d *Distributor) Alive(p torus.PeerID) bool {
 	x := d.peers[p]
 	return x != nil && x.alive
 }
+
+// gone reports whether p is not in the directory: nobody need wait for it.
+func (d *Distributor) gone(p torus.PeerID) bool { return d.heard && d.peers[p] == nil }
 
 // Usable reports whether p may be given a new block: healthy and not full.
 func (d *Distributor) Usable(p torus.PeerID) bool {

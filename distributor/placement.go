@@ -8,10 +8,14 @@ import (
 	"github.com/coreos/torus/models"
 )
 
-// SetRing makes r the current ring: where new blocks go.
+// SetRing makes r the current ring: where new blocks go, and where copies of those go whose peers have left it.
 func (d *Distributor) SetRing(r torus.Ring) {
 	d.ring = r
 	d.rings[r.Version()] = r
+	d.members = make(map[torus.PeerID]bool, len(r.Members()))
+	for _, p := range r.Members() {
+		d.members[p] = true
+	}
 	d.changed()
 }
 
@@ -48,4 +52,62 @@ func (d *Distributor) Set(ref torus.BlockRef, s *models.PlacementSet) torus.Peer
 		return nil
 	}
 	return r.GetPeers(ref).Set(int(s.Replication))
+}
+
+// Home returns the peers that are to hold a block now: those of its registered set that are still members of the ring, and
+// for each that is not, the next of the ring's permutation. So all who know the ring's version agree, and nothing moves
+// but what has lost its peer. There are fewer than in the registered set if the ring has too few members. The slice is shared.
+func (d *Distributor) Home(ref torus.BlockRef, registered torus.PeerList) torus.PeerList {
+	if d.ring == nil || d.stay(registered) {
+		return registered
+	}
+	home := make(torus.PeerList, 0, len(registered))
+	for _, p := range registered {
+		if d.members[p] {
+			home = append(home, p)
+		}
+	}
+	for _, list := range []torus.PeerList{d.ring.GetPeers(ref).Peers, d.ring.Members()} { // a permutation need not list everybody
+		for _, p := range list {
+			if len(home) < len(registered) && !home.Has(p) {
+				home = append(home, p)
+			}
+		}
+	}
+	return home
+}
+
+func (d *Distributor) stay(registered torus.PeerList) bool {
+	for _, p := range registered {
+		if !d.members[p] {
+			return false
+		}
+	}
+	return true
+}
+
+// Candidates returns the peers that may hold a block, in the order in which readers ask them: its registered set, then those
+// that have taken the place of members that left. The slice is shared.
+func (d *Distributor) Candidates(ref torus.BlockRef, registered torus.PeerList) torus.PeerList {
+	if d.ring == nil || d.stay(registered) {
+		return registered
+	}
+	all := append(make(torus.PeerList, 0, 2*len(registered)), registered...)
+	for _, p := range d.Home(ref, registered) {
+		if !all.Has(p) {
+			all = append(all, p)
+		}
+	}
+	return all
+}
+
+// Others returns all connected peers that are not in list, for a block that nobody in it has: a copy that was made under a ring
+// in between may be anywhere.
+func (d *Distributor) Others(list torus.PeerList) (others torus.PeerList) {
+	for _, p := range d.order {
+		if p.up && !list.Has(p.id) {
+			others = append(others, p.id)
+		}
+	}
+	return others
 }

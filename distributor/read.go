@@ -2,13 +2,18 @@ package distributor
 
 import (
 	"errors"
+	"log/slog"
 	"time"
 
 	"github.com/coreos/torus"
 )
 
-// How often a read that no replica can answer at the moment is tried again.
-const retryEvery = 100 * time.Millisecond
+const (
+	// retryEvery is how often a read that no replica can answer at the moment is tried again.
+	retryEvery = 100 * time.Millisecond
+	// askAllEvery is in how many of these tries everybody is asked, not only those who should have the block.
+	askAllEvery = 10
+)
 
 // Read is a read of a run of bytes from whichever replica has them. It is made for reuse (NewRead); the caller
 // owns it before Start and after Done.
@@ -16,7 +21,8 @@ type Read struct {
 	Ref  torus.BlockRef
 	Off  uint32
 	Data []byte // where to put them
-	Set  torus.PeerList
+	// Set is the block's registered set. When nobody in it has the bytes, the other candidates are asked, and in the end everybody.
+	Set torus.PeerList
 	// Verify says whether Data is what it should be; a replica whose answer is not is passed over.
 	Verify func(*Read) bool
 	Done   func(*Read)
@@ -31,6 +37,9 @@ type Read struct {
 	req     torus.Request
 	tried   int
 	first   int
+	more    torus.PeerList // beside the set: nil as long as that will do
+	all     bool           // more is everybody
+	rounds  int
 	down    bool // a replica was unreachable in this round
 	corrupt bool
 }
@@ -58,7 +67,7 @@ func (r *Read) Release() {
 // preference, so that a block is cached by one peer rather than by all.
 func (r *Read) Start() {
 	r.d.m.blockRequests.Inc()
-	r.corrupt, r.Err = false, nil
+	r.corrupt, r.Err, r.rounds = false, nil, 0
 	r.round()
 }
 
@@ -69,7 +78,7 @@ func (r *Read) round() {
 			return
 		}
 	}
-	r.tried, r.down = 0, false
+	r.tried, r.down, r.more, r.all = 0, false, nil, false
 	r.first = 0
 	for i, p := range r.Set {
 		if r.d.Healthy(p) {
@@ -81,11 +90,11 @@ func (r *Read) round() {
 }
 
 func (r *Read) next() {
-	for r.tried < len(r.Set) {
-		p := r.Set[(r.first+r.tried)%len(r.Set)]
+	for r.tried < len(r.Set)+len(r.more) || r.widen() {
+		p := r.at(r.tried)
 		r.tried++
 		if !r.d.Healthy(p) {
-			r.down = true
+			r.down = r.down || !r.d.gone(p)
 			continue
 		}
 		r.req.Op, r.req.Ref, r.req.Off, r.req.Len = torus.OpRead, r.Ref, r.Off, uint32(len(r.Data))
@@ -94,6 +103,7 @@ func (r *Read) next() {
 		return
 	}
 	if r.down && r.Wait {
+		r.rounds++
 		r.d.loop.After(retryEvery, r.round)
 		return
 	}
@@ -108,7 +118,32 @@ func (r *Read) next() {
 	}
 }
 
+func (r *Read) at(i int) torus.PeerID {
+	if n := len(r.Set); i >= n {
+		return r.more[i-n]
+	}
+	return r.Set[(r.first+i)%len(r.Set)]
+}
+
+// widen adds peers to ask when those asked so far do not have the bytes; false if there are none.
+func (r *Read) widen() bool {
+	if r.more == nil {
+		if r.more = r.d.Candidates(r.Ref, r.Set)[len(r.Set):]; len(r.more) > 0 {
+			return true
+		}
+	}
+	if r.all || r.rounds%askAllEvery != 0 {
+		return false
+	}
+	r.all = true
+	asked := append(append(torus.PeerList{}, r.Set...), r.more...)
+	others := r.d.Others(asked)
+	r.more = append(append(torus.PeerList{}, r.more...), others...)
+	return len(others) > 0
+}
+
 func (r *Read) finish(err error) {
+	r.more = nil
 	r.Err = err
 	r.Done(r)
 }
@@ -121,12 +156,16 @@ func (r *Read) answer(q *torus.Request) {
 	case q.Err == nil:
 		r.corrupt = true
 		r.d.m.corrupt.Inc()
-		r.d.log.Error("replica answered wrong bytes", "peer", q.Peer, "block", r.Ref.String(), "offset", r.Off, "length", len(r.Data))
+		r.d.complain(q.Peer, slog.LevelError, "replica answered wrong bytes", "block", r.Ref.String(), "offset", r.Off, "length", len(r.Data))
 	case errors.Is(q.Err, torus.ErrNoPeer), errors.Is(q.Err, torus.ErrBlockUnavailable), errors.Is(q.Err, torus.ErrClosed), errors.Is(q.Err, torus.ErrAgain):
 		r.down = true
+	case errors.Is(q.Err, torus.ErrBlockNotExist): // it may be lost there, or have moved
+		if r.Err == nil {
+			r.Err = q.Err
+		}
 	default:
 		r.Err = q.Err
-		r.d.log.Warn("replica cannot answer a read", "peer", q.Peer, "block", r.Ref.String(), "offset", r.Off, "err", q.Err)
+		r.d.complain(q.Peer, slog.LevelWarn, "replica cannot answer a read", "block", r.Ref.String(), "offset", r.Off, "err", q.Err)
 	}
 	r.d.m.peerFailures.Inc()
 	r.next()

@@ -433,7 +433,7 @@ func (f *File) thaw(z *frozen) {
 func (f *File) deleteBlocks(z *frozen) {
 	for i, e := range z.refs {
 		f.table.reuse(z.dying[i])
-		for _, p := range e.peers {
+		for _, p := range f.dist.Candidates(e.ref, e.peers) {
 			f.dist.Submit(p, &torus.Request{Op: torus.OpDelete, Ref: e.ref, Epoch: f.epoch, Peer: p, Done: func(r *torus.Request) {
 				if r.Err != nil {
 					f.log.Debug("delete", "block", r.Ref.String(), "peer", r.Peer, "err", r.Err)
