@@ -8,8 +8,11 @@ COMMANDS = torusd torusctl torusblk
 GOLANGCI_LINT_VERSION = v2.15.0
 GOLANGCI_LINT         = bin/golangci-lint-$(GOLANGCI_LINT_VERSION)
 
+# Debian's kernel, which the virtual machines of the tests boot: unpacked, not installed.
+GUEST_KERNEL = bin/guest-kernel
+
 # What the tests and the README call besides Go.
-TOOLS = fio nbdkit libnbd-bin qemu-utils qemu-block-extra nbd-client fuse3 xfsprogs e2fsprogs iproute2 iptables postgresql sqlite3
+TOOLS = fio nbdkit libnbd-bin qemu-utils qemu-block-extra nbd-client fuse3 xfsprogs e2fsprogs iproute2 iptables postgresql sqlite3 qemu-system-x86 busybox-static
 
 .PHONY: build run test race lint sim bench bench-compare bench-go e2e soak setup clean
 
@@ -58,16 +61,22 @@ sim:
 	TORUS_SEEDS=$(SEEDS) go test $(TESTFLAGS) -count 1 -timeout 120m -run TestSeeds ./sim
 
 # Clusters of real processes under real clients.
-e2e: build
+e2e: build $(GUEST_KERNEL)
 	go test $(TESTFLAGS) -count 1 -timeout 60m ./e2e
 
 # The same with every fault repeated as often as docs/testing.md says; hours. Only some: make soak SOAKFLAGS='-run TestPeerLoss'
-soak: build
+soak: build $(GUEST_KERNEL)
 	TORUS_E2E_SOAK=1 go test $(TESTFLAGS) -count 1 -timeout 12h -v $(SOAKFLAGS) ./e2e
 
 setup:
 	apt-get update -q
 	DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(TOOLS)
+	$(MAKE) $(GUEST_KERNEL)
+
+$(GUEST_KERNEL):
+	rm -rf $@.new && mkdir -p $@.new
+	cd $@.new && apt-get download -q "$$(apt-cache depends linux-image-amd64 | sed -n 's/.*Depends: \(linux-image-.*\)/\1/p')" && dpkg-deb -x *.deb . && rm *.deb
+	mv $@.new $@
 
 clean:
 	rm -rf bin

@@ -19,6 +19,7 @@ import (
 // gone when the processes that hold the namespaces are, and those die with the tests.
 type network struct {
 	bridge *namespace
+	taps   int
 	nodes  map[string]*namespace
 }
 
@@ -55,6 +56,15 @@ func newNetwork(t *testing.T, dir string, names ...string) *network {
 		n.nodes[name] = ns
 	}
 	return n
+}
+
+// tap makes an interface of the bridge's namespace, for a virtual machine, and returns the address that is meant for it.
+func (n *network) tap(t *testing.T, name string) (ip string) {
+	t.Helper()
+	n.bridge.run(t, "ip", "tuntap", "add", "dev", name, "mode", "tap")
+	n.bridge.run(t, "ip", "link", "set", name, "master", "br0", "up")
+	n.taps++
+	return fmt.Sprintf("10.77.0.%d", 100+n.taps)
 }
 
 func newNamespace(t *testing.T, dir, name string) *namespace {
