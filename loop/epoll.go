@@ -28,7 +28,8 @@ type Epoll struct {
 	epoch  time.Time
 	now    time.Duration
 	inTurn bool
-	pwait2 bool // the kernel has epoll_pwait2 (5.11): timeouts in nanoseconds
+	pwait2 bool          // the kernel has epoll_pwait2 (5.11): timeouts in nanoseconds
+	ts     unix.Timespec // scratch
 
 	events [256]unix.EpollEvent
 	slots  []*Registration // by the low half of the epoll data, their generation is the high one
@@ -250,37 +251,70 @@ func (e *Epoll) stopTimer(t *Timer) { e.timers.remove(t.index) }
 // Offload implements Loop.
 func (e *Epoll) Offload(j Job) { e.pool.run(j) }
 
-// epollWait waits for events, for ever if timeout is negative. A wait of 0 cannot block, and so need not tell the Go
-// scheduler; any other is announced, so that other goroutines get the P.
+// nap is how long a loop sleeps without telling the Go scheduler.
+const nap = 2 * time.Millisecond
+
+// epollWait waits for events, for ever if timeout is negative.
+//
+// The scheduler is not told of a wait of up to nap. Were it, sysmon would take the P away from a loop that has not
+// been scheduled anew for 10 ms, which a busy one never is, and then look every 20 µs for more to take: a tenth of
+// a peer's CPU time under load. Whoever stops the world waits for a nap at most, and others run on the P's that the process
+// has besides (see Epoll). A longer wait is announced.
 func (e *Epoll) epollWait(timeout time.Duration) (int, error) {
-	events := uintptr(unsafe.Pointer(&e.events[0]))
-	for {
-		var n uintptr
-		var errno unix.Errno
-		switch {
-		case timeout == 0:
-			n, _, errno = unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(e.epfd), events, uintptr(len(e.events)), 0, 0, 0)
-		case timeout < 0:
-			n, _, errno = unix.Syscall6(unix.SYS_EPOLL_PWAIT, uintptr(e.epfd), events, uintptr(len(e.events)), ^uintptr(0), 0, 0)
-		case e.pwait2:
-			ts := unix.NsecToTimespec(int64(timeout))
-			n, _, errno = unix.Syscall6(unix.SYS_EPOLL_PWAIT2, uintptr(e.epfd), events, uintptr(len(e.events)), uintptr(unsafe.Pointer(&ts)), 0, 0)
-			if errno == unix.ENOSYS || errno == unix.EPERM { // EPERM: an old seccomp filter
-				e.pwait2 = false
-				continue
-			}
-		default:
-			ms := min(int64((timeout+time.Millisecond-1)/time.Millisecond), math.MaxInt32)
-			n, _, errno = unix.Syscall6(unix.SYS_EPOLL_PWAIT, uintptr(e.epfd), events, uintptr(len(e.events)), uintptr(ms), 0, 0)
+	if timeout >= 0 && timeout <= nap {
+		return done(e.epollPwait(timeout, true))
+	}
+	if n, errno := e.epollPwait(nap, true); n != 0 || errno != 0 {
+		return done(n, errno)
+	}
+	if timeout > 0 {
+		timeout -= nap
+	}
+	return done(e.epollPwait(timeout, false))
+}
+
+func done(n int, errno unix.Errno) (int, error) {
+	switch errno {
+	case 0:
+		return n, nil
+	case unix.EINTR:
+		return 0, nil // a turn without events, which computes the timeout anew
+	}
+	return 0, errno
+}
+
+// epollPwait is epoll_pwait2(2), or epoll_wait(2) where there is none.
+func (e *Epoll) epollPwait(timeout time.Duration, raw bool) (int, unix.Errno) {
+	call, arg := uintptr(unix.SYS_EPOLL_PWAIT2), uintptr(0)
+	switch {
+	case timeout < 0:
+	case e.pwait2:
+		e.ts = unix.NsecToTimespec(int64(timeout))
+		arg = uintptr(unsafe.Pointer(&e.ts))
+	default:
+		arg = uintptr(min(int64((timeout+time.Millisecond-1)/time.Millisecond), math.MaxInt32))
+	}
+	if !e.pwait2 {
+		call = unix.SYS_EPOLL_PWAIT
+		if timeout < 0 {
+			arg = ^uintptr(0)
 		}
-		switch errno {
-		case 0:
-			return int(n), nil
-		case unix.EINTR:
-			return 0, nil // a turn without events, which computes the timeout anew
-		}
+	}
+	var n uintptr
+	var errno unix.Errno
+	if raw {
+		n, _, errno = unix.RawSyscall6(call, uintptr(e.epfd), uintptr(unsafe.Pointer(&e.events[0])), uintptr(len(e.events)), arg, 0, 0)
+	} else {
+		n, _, errno = unix.Syscall6(call, uintptr(e.epfd), uintptr(unsafe.Pointer(&e.events[0])), uintptr(len(e.events)), arg, 0, 0)
+	}
+	if e.pwait2 && (errno == unix.ENOSYS || errno == unix.EPERM) { // EPERM: an old seccomp filter
+		e.pwait2 = false
+		return e.epollPwait(timeout, raw)
+	}
+	if errno != 0 {
 		return 0, errno
 	}
+	return int(n), 0
 }
 
 // wakeSlot marks the eventfd.

@@ -145,7 +145,8 @@ func (f *osFile) ReadAtCached(b []byte, off int64) (int, error) {
 		return 0, nil
 	}
 	vec := unix.Iovec{Base: &b[0], Len: uint64(len(b))}
-	n, _, errno := unix.Syscall6(unix.SYS_PREADV2, uintptr(f.fd), uintptr(unsafe.Pointer(&vec)), 1,
+	// It does not block, so the Go scheduler need not be told.
+	n, _, errno := unix.RawSyscall6(unix.SYS_PREADV2, uintptr(f.fd), uintptr(unsafe.Pointer(&vec)), 1,
 		uintptr(off), uintptr(uint64(off)>>32), unix.RWF_NOWAIT)
 	runtime.KeepAlive(f)
 	switch {
