@@ -44,7 +44,8 @@ func (f *File) replicaFailed(q *torus.Request, b *openBlock) {
 		f.fail(fmt.Errorf("%v of %d bytes at %d to %v refused by peer %v: %w", q.Op, q.Len, q.Off, q.Ref, q.Peer, q.Err))
 		return
 	}
-	if errors.Is(q.Err, torus.ErrOutOfSpace) {
+	if errors.Is(q.Err, torus.ErrOutOfSpace) || errors.Is(q.Err, torus.ErrIO) {
+		// A disk that failed refuses whatever comes. Every block begun there meanwhile would cost the others a slot.
 		f.dist.MarkFull(q.Peer)
 	}
 	if errors.Is(q.Err, torus.ErrNoPeer) {

@@ -36,10 +36,17 @@ type rec struct {
 	home     uint64            // index of the block it was last whole in, once acknowledged
 	reqs     []*device.Request // done when it is acknowledged
 	acked    bool
+	flush    bool // a flush is known or expected to follow
 }
 
 func (r *rec) size() uint32 { return uint32(len(r.mem)) }
 func (r *rec) end() uint32  { return r.off + r.size() }
+
+// owe notes a write that is done when the record is acknowledged.
+func (r *rec) owe(q *device.Request, h *habit) {
+	r.reqs = append(r.reqs, q)
+	r.flush = r.flush || q.Flags&device.FUA != 0 || h.expectsFlush()
+}
 
 // page returns data page i.
 func (r *rec) page(i int) []byte {

@@ -143,7 +143,7 @@ type File struct {
 	// Flushes.
 	syncing   bool
 	syncLeft  int
-	syncUpTo  uint64
+	habit     habit
 	syncGen   uint64
 	waiters   []flushWaiter
 	waiting   []*pending // writes held back: no room to retain them

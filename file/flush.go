@@ -14,6 +14,7 @@ type flushWaiter struct {
 
 // flush completes when every write acknowledged before it is durable on the whole set of a block that holds it.
 func (f *File) flush(r *device.Request) {
+	f.habit.flushed()
 	if f.acked <= f.flushed {
 		r.Finish(nil)
 		return
@@ -46,26 +47,61 @@ func (f *File) newSync() *syncOp {
 	return o
 }
 
+// habit is what the user of the volume does: somebody who has flushed each of his last writes by itself, as the log of a
+// database does, will flush the next one, too.
+type habit struct {
+	writes int // since the last flush
+	lone   int // flushes in succession that each found one write
+}
+
+func (h *habit) wrote() {
+	if h.writes++; h.writes > 1 {
+		h.lone = 0
+	}
+}
+
+func (h *habit) flushed() {
+	if h.writes == 1 {
+		h.lone++
+	}
+	h.writes = 0
+}
+
+// expectsFlush reports whether a flush is about to follow the write that has just been made.
+func (h *habit) expectsFlush() bool { return h.lone >= 3 }
+
 // startSync begins a round: every block with unsynced records is synced at every replica. One round runs at a
 // time, and flushes that arrive meanwhile share the next one.
 func (f *File) startSync() {
-	if f.syncing || f.held <= f.flushed || f.err != nil {
-		return
+	if !f.syncing && f.held > f.flushed && f.err == nil {
+		f.sync(func(b *openBlock) uint32 { return b.stored })
 	}
-	f.syncing, f.syncUpTo = true, f.held
+}
+
+// syncAhead begins a round behind records that are still on their way: a replica that has stored them syncs them, without
+// waiting to be asked again. For when it is known, or likely, that a flush follows: it saves that a round trip.
+func (f *File) syncAhead() {
+	if !f.syncing && f.sent == f.last && f.err == nil {
+		f.sync(func(b *openBlock) uint32 { return b.end })
+	}
+}
+
+func (f *File) sync(upTo func(*openBlock) uint32) {
+	f.syncing = true
 	f.syncGen++
 	f.stats.Syncs++
 	gen := f.syncGen
 	f.syncLeft = 1 // until all are submitted
 	for _, b := range f.blocks {
+		n := upTo(b)
 		for i := range b.replicas {
-			if b.replicas[i].synced >= b.stored {
+			if b.replicas[i].synced >= n {
 				continue
 			}
 			o := f.newSync()
 			o.blk, o.rep, o.gen = b, i, gen
 			q := &o.req
-			q.Op, q.Ref, q.Epoch, q.Len, q.Peer = torus.OpSync, b.ref, f.epoch, b.stored, b.set[i]
+			q.Op, q.Ref, q.Epoch, q.Len, q.Peer = torus.OpSync, b.ref, f.epoch, n, b.set[i]
 			f.syncLeft++
 			f.dist.Submit(q.Peer, q)
 			if f.syncGen != gen {

@@ -53,6 +53,7 @@ func (f *File) write(r *device.Request) {
 		}
 		return
 	}
+	f.habit.wrote()
 	if f.full {
 		r.Finish(device.ErrOutOfSpace)
 		return
@@ -255,7 +256,7 @@ func (f *File) put(r *device.Request, edges []edge) {
 	for _, e := range edges {
 		e.buf.Release()
 	}
-	rc.reqs = append(rc.reqs, r)
+	rc.owe(r, &f.habit)
 }
 
 func find(edges []edge, page uint64) *edge {
@@ -285,7 +286,7 @@ func (f *File) putZeroes(r *device.Request, edges []edge) {
 		to = (f.size + pageSize - 1) / pageSize
 	}
 	if from >= to {
-		rc.reqs = append(rc.reqs, r)
+		rc.owe(r, &f.habit)
 		return
 	}
 	kind := record.Trim
@@ -315,7 +316,7 @@ func (f *File) putRange(r *device.Request, first, last uint64, kind record.Kind)
 			f.seal()
 		}
 	}
-	rc.reqs = append(rc.reqs, r)
+	rc.owe(r, &f.habit)
 	if last-first0+1 > listPages {
 		f.seal()
 	}
@@ -379,9 +380,13 @@ func (f *File) seal() {
 	r.finish()
 	f.keep(r)
 	f.stats.Records++
+	ahead := r.flush
 	f.pump()
 	if f.full {
 		f.failUnacked()
+	}
+	if ahead {
+		f.syncAhead()
 	}
 	if f.unflushed >= f.cfg.RetainBytes/4 {
 		f.startSync()
