@@ -12,11 +12,32 @@ import (
 	"github.com/coreos/torus/sim"
 )
 
-// TestSchedules drives a writer with many requests in flight through random faults: peers that crash with and without
-// power, that run full, that refuse; writers killed and replaced. After every attach the image is compared with the history: C1, D1, and
-// W1 as long as no power was lost since. One seed again: TORUS_SEED=n go test ./file -run TestSchedules -v
+// Schedules of package sim, against the rig's peers: without network and disk, faults fall closer to what the log decides. Writers
+// with many requests in flight, peers that crash with and without power, writers killed and replaced. After every attach the
+// image is compared with the history: C1, D1, and W1 as long as no power was lost since. One seed again:
+//
+//	TORUS_SEED=n go test ./file -run TestSchedules -v
+
+// load is what a schedule of the rig is made of.
+type load struct {
+	seeds         uint64
+	pages, stride uint64
+	most          int // steps between two attaches
+	faulty        bool
+}
+
+// Pages that lie together.
 func TestSchedules(t *testing.T) {
-	from, n := uint64(0), uint64(60)
+	schedules(t, load{seeds: 60, pages: 700, stride: 1, most: 200})
+}
+
+// Each page in a leaf of its own, more leaves than the map keeps, and a metadata service that fails now and then.
+func TestSparseSchedules(t *testing.T) {
+	schedules(t, load{seeds: 30, pages: 2600, stride: 512, most: 900, faulty: true})
+}
+
+func schedules(t *testing.T, x load) {
+	from, n := uint64(0), x.seeds
 	if s := os.Getenv("TORUS_SEED"); s != "" {
 		from, _ = strconv.ParseUint(s, 10, 64)
 		n = 1
@@ -25,52 +46,46 @@ func TestSchedules(t *testing.T) {
 		n, _ = strconv.ParseUint(s, 10, 64)
 	}
 	for seed := from; seed < from+n; seed++ {
-		t.Run(fmt.Sprint(seed), func(t *testing.T) { schedule(t, seed) })
+		t.Run(fmt.Sprint(seed), func(t *testing.T) { x.play(t, seed) })
 	}
 }
 
-const pages = 700
-
-type writer struct {
-	*client
-	h        *sim.History
-	inflight map[uint64]bool
-	done     map[uint64]bool // acknowledged, out of order of submission
-	frontier uint64
-	flushing int
-	power    bool // power was lost: W1 does not hold
-	full     bool
-}
-
-func schedule(t *testing.T, seed uint64) {
-	r := newRig(t, seed, 3, 2, pages*4096)
+func (x *load) play(t *testing.T, seed uint64) {
+	r := newRig(t, seed, 3, 2, x.pages*x.stride*4096)
 	h := sim.NewHistory(seed + 1)
+	r.faulty = x.faulty
 	tune := func(c *file.Config) {
 		c.CheckpointBytes = uint64(64<<10 + r.rng.IntN(4<<20))
 		c.RetainBytes = 128<<10 + r.rng.IntN(2<<20)
 		c.CheckpointEvery = time.Duration(1+r.rng.IntN(20)) * time.Second
 		c.MapBytes = 1
 	}
-	w := &writer{client: r.attach(tune), h: h}
+	c := r.attach(tune)
 	for round := range 6 {
-		w.inflight, w.done, w.frontier, w.flushing = map[uint64]bool{}, map[uint64]bool{}, h.Len(), 0
-		w.power = false
-		w.run(20 + r.rng.IntN(200))
+		w := sim.NewWriter(h, c.f, c.l, r.rng, x.pages, x.stride)
+		power := r.disturb(w, 20+r.rng.IntN(x.most))
 		switch r.rng.IntN(5) {
-		case 0:
-			w.drain()
-			w.detach()
+		case 0: // detached in order
+			for _, p := range r.peers {
+				if !p.up {
+					p.restart()
+				}
+			}
+			if !r.v.Run(w.Idle, time.Minute) {
+				t.Fatalf("writes are still not done: %+v", c.f.Stats())
+			}
+			c.detach()
 		case 1: // power loss of everything, at the same time
 			for _, p := range r.peers {
 				if p.up {
 					p.crash(true)
 				}
 			}
-			w.kill()
-			w.power = true
+			c.kill()
+			power = true
 		case 2: // frozen, then taken over: must know that it is fenced, and never be acknowledged again (L1)
 		default:
-			w.kill()
+			c.kill()
 		}
 		// One peer may be away while the attach decides, and comes back later: what is promised must be elsewhere, too.
 		away := r.rng.IntN(2 * len(r.peers))
@@ -82,18 +97,32 @@ func schedule(t *testing.T, seed uint64) {
 		if away < len(r.peers) && r.peers[away].up {
 			r.peers[away].crash(r.rng.IntN(2) == 0)
 		}
-		old := w.client
-		w.client = r.attach(tune)
+		old := c
+		c = r.attach(tune)
 		atLeast := h.Acked()
-		if w.power {
+		if power {
 			atLeast = h.Flushed()
 		}
-		image := make([]byte, pages*4096)
-		w.must(&device.Request{Op: device.Read, Data: image})
-		n, err := h.Check(func(p uint64) ([]byte, error) { return image[p*4096:][:4096], nil }, atLeast)
-		if err != nil {
-			t.Fatalf("round %d: %v (acked %d, flushed %d, written %d)", round, err, h.Acked(), h.Flushed(), h.Len())
+		read := func(p uint64) ([]byte, error) {
+			b := make([]byte, 4096)
+			return b, c.do(&device.Request{Op: device.Read, Off: p * x.stride * 4096, Data: b})
 		}
+		if x.stride == 1 {
+			image := make([]byte, x.pages*4096)
+			c.must(&device.Request{Op: device.Read, Data: image})
+			read = func(p uint64) ([]byte, error) { return image[p*4096:][:4096], nil }
+		}
+		n, err := h.Check(read, atLeast)
+		if err == nil {
+			err = h.Decide(n, read)
+		}
+		if err == nil {
+			err = w.Err
+		}
+		if err != nil {
+			t.Fatalf("round %d: %v (acked %d, flushed %d, written %d)", round, err, h.Acked(), h.Flushed(), h.Last())
+		}
+		w.Over = true
 		if !old.l.Dead() && old.f.Err() == nil {
 			// The old writer has been fenced; its next write must tell it.
 			q := &device.Request{Op: device.Write, Len: 4096, Data: make([]byte, 4096)}
@@ -105,32 +134,19 @@ func schedule(t *testing.T, seed uint64) {
 			}
 			old.kill()
 		}
-		h.Decide(n)
+		if w.Err != nil {
+			t.Fatalf("round %d: %v", round, w.Err)
+		}
 		if away < len(r.peers) {
 			r.peers[away].restart()
 		}
 	}
 }
 
-// run submits n writes with faults in between.
-func (w *writer) run(n int) {
-	r := w.r
-	for i := 0; i < n && w.f.Err() == nil; i++ {
-		page := uint64(r.rng.IntN(pages))
-		count := 1
-		if r.rng.IntN(8) == 0 {
-			count = 1 + r.rng.IntN(40)
-		}
-		ok := page+uint64(count) <= pages
-		for k := range uint64(count) {
-			ok = ok && !w.inflight[page+k]
-		}
-		if ok {
-			w.submit(page, count)
-		}
-		if r.rng.IntN(10) == 0 {
-			w.flushNow()
-		}
+// disturb lets w write, with faults in between; it reports whether power was lost.
+func (r *rig) disturb(w *sim.Writer, steps int) (power bool) {
+	for i := 0; i < steps && w.File.Err() == nil; i++ {
+		w.Step()
 		r.v.RunFor(time.Duration(r.rng.IntN(300)) * time.Microsecond)
 		if r.rng.IntN(15) != 0 {
 			continue
@@ -150,7 +166,7 @@ func (w *writer) run(n int) {
 			r.v.RunFor(time.Duration(r.rng.IntN(2000)) * time.Millisecond)
 		case r.rng.IntN(3) == 0:
 			p.crash(true)
-			w.power = true
+			power = true
 		case r.rng.IntN(2) == 0:
 			p.crash(false)
 		case r.rng.IntN(2) == 0:
@@ -159,62 +175,5 @@ func (w *writer) run(n int) {
 			r.v.RunFor(time.Duration(r.rng.IntN(20)) * time.Second)
 		}
 	}
-	for _, p := range r.peers {
-		p.full = false
-	}
-}
-
-func (w *writer) submit(page uint64, count int) {
-	b := make([]byte, count*4096)
-	var ids []uint64
-	for k := range count {
-		ids = append(ids, w.h.Write(page+uint64(k), b[k*4096:][:4096], false))
-		w.inflight[page+uint64(k)] = true
-	}
-	q := &device.Request{Op: device.Write, Off: page * 4096, Len: uint64(len(b)), Data: b}
-	q.Done = func(q *device.Request) {
-		for k, id := range ids {
-			delete(w.inflight, page+uint64(k))
-			if q.Err == nil {
-				w.done[id] = true
-			} else {
-				w.full = true
-			}
-		}
-		if w.full {
-			return // a failed write may or may not be there: the frontier stays
-		}
-		for w.done[w.frontier+1] {
-			delete(w.done, w.frontier+1)
-			w.frontier++
-		}
-		w.h.Ack(w.frontier)
-	}
-	w.l.Post(func() { w.f.Submit(q) })
-}
-
-func (w *writer) flushNow() {
-	q := &device.Request{Op: device.Flush}
-	target := uint64(0)
-	q.Done = func(q *device.Request) {
-		if q.Err == nil {
-			w.h.Flush(target)
-		}
-	}
-	w.l.Post(func() {
-		target = w.h.Acked()
-		w.f.Submit(q)
-	})
-}
-
-// drain waits until nothing is in flight.
-func (w *writer) drain() {
-	for _, p := range w.r.peers {
-		if !p.up {
-			p.restart()
-		}
-	}
-	if !w.r.v.Run(func() bool { return len(w.inflight) == 0 }, time.Minute) {
-		w.r.t.Fatalf("%d writes are still not done: %+v", len(w.inflight), w.f.Stats())
-	}
+	return power
 }

@@ -3,6 +3,7 @@
 package sim
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"log/slog"
@@ -29,6 +30,8 @@ type Options struct {
 	Replication int
 	BlockSize   uint64
 	PeerBytes   uint64
+	Outside     int          // how many of the peers are not in the ring at first
+	Slots       int          // of the ring; 0: 512
 	Log         *slog.Logger // nil: none
 }
 
@@ -39,10 +42,13 @@ type Cluster struct {
 	MDS     *temp.Server
 	Peers   []*Peer
 	Clients []*Client
+	Witness *Witness
 	opt     Options
 	gmd     torus.GlobalMetadata
 	admin   torus.MetadataService
 	log     *slog.Logger
+	rings   map[uint64]torus.Ring
+	ring    uint64 // version of the newest
 }
 
 // Peer is a storage node: a disk that outlives its process.
@@ -56,7 +62,13 @@ type Peer struct {
 	Service     *peer.Service
 	server      *tdp.Server
 	Up          bool
+	Gone        bool // for good, with all it had
+	Rotten      bool // some of what it stores has been damaged
 	incarnation uint64
+	index       int
+	powers      uint16             // how often it has lost power
+	fault       func(vfs.Op) error // what its disk does; nil: works
+	cramped     bool               // its disk has no room
 }
 
 // New makes a cluster with all peers running and in the ring.
@@ -70,70 +82,125 @@ func New(seed uint64, opt Options) (*Cluster, error) {
 	c.MDS = temp.NewServer(func() time.Time { return epoch.Add(v.Now()) })
 	c.gmd = torus.GlobalMetadata{ClusterID: "5eed0000-0000-4000-8000-000000000000", BlockSize: opt.BlockSize, DefaultBlockSpec: "crc"}
 	c.admin = c.MDS.Client()
-	ctx := context.Background()
 	if err := c.MDS.Init(c.gmd, nil); err != nil {
 		return nil, err
 	}
-	var members []ring.Member
-	for i := range opt.Peers {
-		p := &Peer{c: c, Name: fmt.Sprintf("peer%d", i), FS: vfs.NewMem(v.Rand().Uint64())}
-		for k := range p.ID {
-			p.ID[k] = byte(v.Rand().Uint32())
-		}
-		if err := storage.Create(p.FS, storage.Identity{Peer: p.ID, ClusterID: c.gmd.ClusterID, BlockSize: opt.BlockSize}); err != nil {
+	c.rings = map[uint64]torus.Ring{}
+	c.Witness = newWitness(c)
+	for range opt.Peers {
+		if _, err := c.AddPeer(); err != nil {
 			return nil, err
 		}
-		c.Peers = append(c.Peers, p)
-		if err := p.Start(); err != nil {
-			return nil, err
-		}
-		members = append(members, ring.Member{ID: p.ID, Weight: opt.PeerBytes})
 	}
-	r, err := ring.NewSlotTable(1, opt.Replication, members, 512)
-	if err != nil {
+	return c, c.SetRing(c.Peers[:opt.Peers-opt.Outside])
+}
+
+// AddPeer starts a peer with an empty disk. It gets no data before it is in the ring.
+func (c *Cluster) AddPeer() (*Peer, error) {
+	p := &Peer{c: c, index: len(c.Peers), Name: fmt.Sprintf("peer%d", len(c.Peers)), FS: vfs.NewMem(c.V.Rand().Uint64())}
+	for k := range p.ID {
+		p.ID[k] = byte(c.V.Rand().Uint32())
+	}
+	if err := storage.Create(p.FS, p.identity()); err != nil {
 		return nil, err
+	}
+	c.Peers = append(c.Peers, p)
+	return p, p.Start()
+}
+
+// SetRing makes peers, with equal weights, the members of the next version of the ring.
+func (c *Cluster) SetRing(peers []*Peer) error {
+	var members []ring.Member
+	for _, p := range peers {
+		members = append(members, ring.Member{ID: p.ID, Weight: c.opt.PeerBytes})
+	}
+	slots := c.opt.Slots
+	if slots == 0 {
+		slots = 512
+	}
+	r, err := ring.NewSlotTable(c.ring+1, c.opt.Replication, members, slots)
+	if err != nil {
+		return err
 	}
 	b, err := r.Marshal()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return c, c.admin.SetRing(ctx, 1, b)
+	if err := c.admin.SetRing(context.Background(), r.Version(), b); err != nil {
+		return err
+	}
+	c.ring = r.Version()
+	c.rings[c.ring] = r
+	return nil
 }
 
-// CreateVolume makes a volume.
-func (c *Cluster) CreateVolume(name string, size uint64) (*models.Volume, error) {
-	v := &models.Volume{Name: name, Type: "block", SizeBytes: size, BlockSpec: "crc"}
-	if err := c.admin.CreateVolume(context.Background(), v); err != nil {
-		return nil, err
+// placement is where a block is, by the rings as they were published.
+func (c *Cluster) placement(ref torus.BlockRef, s *models.PlacementSet) torus.PeerList {
+	if len(s.Peers) > 0 {
+		l := make(torus.PeerList, len(s.Peers))
+		for i, b := range s.Peers {
+			copy(l[i][:], b)
+		}
+		return l
 	}
-	return c.admin.Volume(context.Background(), name)
+	if r := c.rings[s.RingVersion]; r != nil {
+		return r.GetPeers(ref).Set(int(s.Replication))
+	}
+	return nil
+}
+
+func (c *Cluster) peerByID(id torus.PeerID) *Peer {
+	for _, p := range c.Peers {
+		if p.ID == id {
+			return p
+		}
+	}
+	return nil
 }
 
 func (p *Peer) addr() string { return "tcp://" + p.Name + ":40000" }
 
+func (p *Peer) identity() storage.Identity {
+	return storage.Identity{Peer: p.ID, ClusterID: p.c.gmd.ClusterID, BlockSize: p.c.opt.BlockSize}
+}
+
 // Start runs the peer's process on its disk as that is.
 func (p *Peer) Start() error {
+	if err := p.start(); err != nil {
+		p.Loop.Kill()
+		p.FS.Kill()
+		return fmt.Errorf("%s: %w", p.Name, err)
+	}
+	return nil
+}
+
+func (p *Peer) start() error {
 	c := p.c
 	p.incarnation++
 	p.Loop = c.V.NewLoop(fmt.Sprintf("%s/%d", p.Name, p.incarnation))
 	log := c.log.With("at", p.Name)
+	disk := vfs.NewErrors(p.FS, func(op vfs.Op) error {
+		if p.fault != nil {
+			return p.fault(op)
+		}
+		return nil
+	})
 	var err error
 	p.Store, err = storage.Open(storage.Config{
-		Loop: p.Loop, FS: p.FS, SizeBytes: c.opt.PeerBytes, SlotsPerFile: 16, Log: log,
-		Identity: storage.Identity{Peer: p.ID, ClusterID: c.gmd.ClusterID, BlockSize: c.opt.BlockSize},
+		Loop: p.Loop, FS: disk, SizeBytes: c.opt.PeerBytes, SlotsPerFile: 16, Log: log, Identity: p.identity(),
 	})
 	if err != nil {
-		return fmt.Errorf("%s: %w", p.Name, err)
+		return err
 	}
-	if p.Service, err = peer.New(peer.Config{Loop: p.Loop, Store: p.Store, FS: p.FS, Log: log}); err != nil {
-		return fmt.Errorf("%s: %w", p.Name, err)
+	if p.Service, err = peer.New(peer.Config{Loop: p.Loop, Store: p.Store, FS: disk, Log: log}); err != nil {
+		return err
 	}
 	p.server, err = tdp.Serve(p.Loop, c.Net.Host(p.Name), p.addr(), tdp.ServerConfig{
 		Hello: tdp.Hello{Cluster: c.gmd.ClusterID, ID: p.ID, Incarnation: p.incarnation, BlockSize: c.opt.BlockSize, Name: p.Name},
-		Store: p.Service, Log: log,
+		Store: &watched{c.Witness, p, p.Service}, Log: log,
 	})
 	if err != nil {
-		return fmt.Errorf("%s: %w", p.Name, err)
+		return err
 	}
 	p.Up = true
 	return c.admin.PutPeer(context.Background(), 0, &models.Peer{Uuid: p.ID.String(), Address: p.addr(), SizeBytes: c.opt.PeerBytes, State: "ok"})
@@ -152,26 +219,45 @@ func (p *Peer) Kill() {
 
 // PowerLoss ends the process and takes what was not synced.
 func (p *Peer) PowerLoss() {
-	up := p.Up
-	p.Up = false
-	if up {
+	if p.Up {
+		p.Up = false
 		p.c.Net.Host(p.Name).Crash()
 		p.Loop.Kill()
 	}
+	p.powers++
 	p.FS = p.FS.CrashClone(p.c.V.Rand())
+}
+
+// tail is what the peer's store says of a block; known is false if it has other things to do first. The peer must be up.
+func (p *Peer) tail(ref torus.BlockRef) (t torus.Tail, known bool) {
+	before := ref
+	if before.Index--; ref.Index == 0 {
+		before.INode--
+	}
+	q := &torus.Request{Op: torus.OpList, Ref: before, Len: 1, Done: func(*torus.Request) { known = true }}
+	p.Store.Submit(q)
+	if known && len(q.Tails) > 0 && q.Tails[0].Ref == ref {
+		t = q.Tails[0]
+	}
+	return t, known
 }
 
 // Client is a process that attaches volumes.
 type Client struct {
-	c    *Cluster
-	Name string
-	Loop *loop.VirtualLoop
-	MDS  *temp.Client
-	Dist *distributor.Distributor
-	dead bool
+	c     *Cluster
+	Name  string
+	Loop  *loop.VirtualLoop
+	MDS   *temp.Client
+	Dist  *distributor.Distributor
+	dead  bool
+	lease torus.LeaseID
+	skew  time.Duration // of its wall clock
 }
 
-// NewClient starts a client process. It learns of peers by looking, now and every 100 ms.
+// leaseTTL is how long a client holds a volume without renewing.
+const leaseTTL = 10 * time.Second
+
+// NewClient starts a client process. It learns of peers and rings when they change, and by looking once a second. It keeps its lease alive.
 func (c *Cluster) NewClient(name string) *Client {
 	cl := &Client{c: c, Name: name, Loop: c.V.NewLoop(name), MDS: c.MDS.Client()}
 	c.Clients = append(c.Clients, cl)
@@ -199,48 +285,73 @@ func (c *Cluster) NewClient(name string) *Client {
 			return decode(cl.MDS.RingAt(context.Background(), version))
 		},
 	})
-	version := uint64(0)
-	var look func()
-	look = func() {
-		if r, err := decode(cl.MDS.Ring(context.Background())); err == nil && r.Version() != version {
-			version = r.Version()
-			cl.Dist.SetRing(r)
+	var ringSeen []byte
+	peersSeen := ""
+	look := func(again bool) {
+		if b, err := cl.MDS.Ring(context.Background()); err == nil && !bytes.Equal(b, ringSeen) {
+			if r, err := decode(b, nil); err == nil {
+				ringSeen = b
+				cl.Dist.SetRing(r)
+			}
 		}
-		if peers, err := cl.MDS.Peers(context.Background()); err == nil {
-			for _, m := range peers {
-				for _, p := range c.Peers {
-					if p.ID.String() == m.Uuid {
-						m.Alive = p.Up
-					}
+		peers, err := cl.MDS.Peers(context.Background())
+		if err != nil {
+			return
+		}
+		seen := ""
+		for _, m := range peers {
+			for _, p := range c.Peers {
+				if p.ID.String() == m.Uuid {
+					m.Alive = p.Up
 				}
 			}
+			seen += fmt.Sprint(m.Uuid, m.Address, m.State, m.Alive)
+		}
+		if news := seen != peersSeen; news || again {
+			peersSeen = seen
 			cl.Dist.SetPeers(peers)
 		}
-		cl.Loop.After(100*time.Millisecond, look)
 	}
-	cl.Loop.Post(look)
+	looking := false
+	cl.MDS.OnChange(func() {
+		if !looking {
+			looking = true
+			cl.Loop.Post(func() { looking = false; look(false) })
+		}
+	})
+	var tick func()
+	tick = func() {
+		look(true) // as peers report to the directory now and then, whether they have news or not
+		if cl.lease != 0 {
+			_ = cl.MDS.RenewLease(context.Background(), cl.lease) // a lease that is lost ends nothing
+		}
+		cl.Loop.After(time.Second, tick)
+	}
+	cl.Loop.Post(tick)
 	return cl
 }
 
 // Kill ends the client's process.
 func (cl *Client) Kill() {
 	cl.dead = true
+	_ = cl.MDS.Close()
 	cl.c.Net.Host(cl.Name).Crash()
 	cl.Loop.Kill()
 }
 
-// Attach opens a volume; tune may change the configuration.
+// Attach opens a volume, by force; tune may change that and all else.
 func (cl *Client) Attach(v *models.Volume, tune func(*file.Config), done func(*file.File, error)) {
 	cl.Loop.Post(func() {
-		lease, err := cl.MDS.GrantLease(context.Background(), 10*time.Second)
+		lease, err := cl.MDS.GrantLease(context.Background(), leaseTTL)
 		if err != nil {
 			done(nil, err)
 			return
 		}
+		cl.lease = lease
 		cfg := file.Config{
 			Loop: cl.Loop, Dist: cl.Dist, MDS: cl.MDS, Volume: v, BlockSize: uint32(cl.c.opt.BlockSize),
 			Lease: lease, Holder: &models.Holder{Host: cl.Name}, Force: true,
-			Log: cl.c.log.With("at", cl.Name), WallClock: func() time.Time { return time.Unix(1_700_000_000, 0).Add(cl.Loop.Now()) },
+			Log: cl.c.log.With("at", cl.Name), WallClock: func() time.Time { return time.Unix(1_700_000_000, 0).Add(cl.Loop.Now() + cl.skew) },
 		}
 		if tune != nil {
 			tune(&cfg)

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 
 	"github.com/coreos/torus/record"
 )
@@ -16,64 +17,123 @@ const PageSize = 4096
 // of the volume says by itself which prefix of the history it is.
 //
 // It checks C1 (the image is a prefix), D1 (which contains all that was flushed) and, where no power was lost, W1
-// (which contains all that was acknowledged).
+// (which contains all that was acknowledged); and of single reads that what has once been acknowledged or read never
+// un-happens.
 type History struct {
 	Seed    uint64 // tells this volume's stamps from another's
-	writes  []uint64
-	at      map[uint64][]uint64 // page → the numbers of its writes, ascending
-	zero    map[uint64]bool     // writes of zeroes
+	last    uint64
+	pages   map[uint64]*pageHistory
 	acked   uint64
 	flushed uint64
+	decided uint64
+}
+
+// pageHistory is what one page has held.
+type pageHistory struct {
+	marks []mark // ascending; the first one is what the last decision found
+	seen  uint64 // the newest write that was acknowledged or read
+}
+
+// mark is one write to a page; 0 is how the volume was made.
+type mark struct {
+	id    uint64
+	zero  bool // it wrote zeroes
+	maybe bool // it failed: it may have happened, or may happen later, or never
 }
 
 // NewHistory returns the history of an empty volume.
 func NewHistory(seed uint64) *History {
-	return &History{Seed: seed, at: map[uint64][]uint64{}, zero: map[uint64]bool{}}
+	return &History{Seed: seed, pages: map[uint64]*pageHistory{}}
 }
 
-// Len is the number of the last write.
-func (h *History) Len() uint64 { return uint64(len(h.writes)) }
+// Last is the number of the last write.
+func (h *History) Last() uint64 { return h.last }
 
-// Acked and Flushed are the last write known to be acknowledged, or flushed.
+// Acked and Flushed are the last write known to be acknowledged, or flushed, as are all before it.
 func (h *History) Acked() uint64   { return h.acked }
 func (h *History) Flushed() uint64 { return h.flushed }
 
-// Write notes that the next write goes to page, and fills b, one page, with its stamp. zero notes that it writes zeroes.
-func (h *History) Write(page uint64, b []byte, zero bool) uint64 {
-	h.writes = append(h.writes, page)
-	n := uint64(len(h.writes))
-	h.at[page] = append(h.at[page], n)
-	if zero {
-		h.zero[n] = true
-		return n
+// Decided is the last write that the last attach has served.
+func (h *History) Decided() uint64 { return h.decided }
+
+func (h *History) page(page uint64) *pageHistory {
+	p := h.pages[page]
+	if p == nil {
+		p = &pageHistory{marks: []mark{{zero: true}}}
+		h.pages[page] = p
 	}
-	Stamp(b, h.Seed, page, n)
-	return n
+	return p
 }
 
-// Ack notes that all writes up to n have been acknowledged, and Flush that they have been flushed.
+// Write notes that the next write goes to page, and fills b, one page, with its stamp; a nil b notes that it writes zeroes.
+func (h *History) Write(page uint64, b []byte) uint64 {
+	id := h.Ghost(page, b)
+	p := h.page(page)
+	p.marks = append(p.marks, mark{id: id, zero: b == nil})
+	return id
+}
+
+// Ghost is Write for a writer that has been overtaken: what it writes must never be acknowledged, nor seen.
+func (h *History) Ghost(page uint64, b []byte) uint64 {
+	h.last++
+	if b != nil {
+		Stamp(b, h.Seed, page, h.last)
+	}
+	return h.last
+}
+
+// Fail notes that a write has failed, such as for want of space: it may be there or not, and later ones do not depend on it.
+func (h *History) Fail(page, id uint64) {
+	p := h.page(page)
+	for i := range p.marks {
+		if p.marks[i].id == id && i > 0 {
+			p.marks[i].maybe = true
+		}
+	}
+}
+
+// AckPage notes that a single write has been acknowledged, Ack that all up to n have been, Flush that they have been flushed.
+func (h *History) AckPage(page, id uint64) {
+	p := h.page(page)
+	p.seen = max(p.seen, id)
+}
 func (h *History) Ack(n uint64)   { h.acked = max(h.acked, n) }
 func (h *History) Flush(n uint64) { h.flushed, h.acked = max(h.flushed, n), max(h.acked, n) }
 
-// Decide notes that an attach has served the history up to n: what came after never was.
-func (h *History) Decide(n uint64) {
-	for i := uint64(len(h.writes)); i > n; i-- {
-		page := h.writes[i-1]
-		l := h.at[page]
-		h.at[page] = l[:len(l)-1]
-		delete(h.zero, i)
+// Floor is what a read of page that begins now must not fall behind.
+func (h *History) Floor(page uint64) uint64 {
+	if p := h.pages[page]; p != nil {
+		return p.seen
 	}
-	h.writes = h.writes[:n]
-	h.acked, h.flushed = n, n
+	return 0
+}
+
+// Read checks what a read has found, which began at a time when Floor was floor.
+func (h *History) Read(page uint64, b []byte, floor uint64) error {
+	n, err := ReadStamp(b, h.Seed, page)
+	if err != nil {
+		return err
+	}
+	p := h.page(page)
+	found := uint64(math.MaxUint64)
+	for _, m := range p.marks {
+		if m.id >= floor && (n == 0 && m.zero || n != 0 && m.id == n && !m.zero) {
+			found = m.id
+			break
+		}
+	}
+	if found == math.MaxUint64 {
+		return violated("C1", "a read of page %d returned write %d (0: zeroes), and write %d had been acknowledged or read before", page, n, floor)
+	}
+	p.seen = max(p.seen, found)
+	return nil
 }
 
 // Stamp fills a page with the mark of write n, in every 512-byte sector, so that a torn page shows.
 func Stamp(b []byte, seed, page, n uint64) {
 	x := seed ^ page*0x9e3779b97f4a7c15 ^ n*0xbf58476d1ce4e5b9
 	for i := 0; i < PageSize; i += 8 {
-		x ^= x << 13
-		x ^= x >> 7
-		x ^= x << 17
+		x = x*0x5851f42d4c957f2d + 0x14057b7ef767814f
 		binary.LittleEndian.PutUint64(b[i:], x)
 	}
 	for s := 0; s < PageSize; s += 512 {
@@ -89,110 +149,157 @@ var errTorn = errors.New("torn or foreign page")
 
 // ReadStamp returns the number of the write that a page holds: 0 for zeroes.
 func ReadStamp(b []byte, seed, page uint64) (uint64, error) {
-	sum := uint64(0)
-	for i := 0; i < PageSize; i += 8 {
-		sum |= binary.LittleEndian.Uint64(b[i:])
+	if len(b) < PageSize {
+		return 0, violated("C1", "page %d: %d bytes: %w", page, len(b), errTorn)
 	}
-	if sum == 0 {
-		return 0, nil
+	n := binary.LittleEndian.Uint64(b[16:])
+	if n == 0 {
+		sum := uint64(0)
+		for i := 0; i < PageSize; i += 8 {
+			sum |= binary.LittleEndian.Uint64(b[i:])
+		}
+		if sum == 0 {
+			return 0, nil
+		}
 	}
 	if record.Checksum(b[:PageSize-4]) != binary.LittleEndian.Uint32(b[PageSize-4:]) {
-		return 0, fmt.Errorf("page %d: checksum: %w", page, errTorn)
+		return 0, violated("C1", "page %d: checksum: %w", page, errTorn)
 	}
 	if s, p := binary.LittleEndian.Uint64(b), binary.LittleEndian.Uint64(b[8:]); s != seed || p != page {
-		return 0, fmt.Errorf("page %d holds page %d of volume %x: %w", page, p, s, errTorn)
+		return 0, violated("C1", "page %d holds page %d of volume %x: %w", page, p, s, errTorn)
 	}
-	return binary.LittleEndian.Uint64(b[16:]), nil
+	return n, nil
+}
+
+// span is a run of lengths of the history.
+type span struct{ lo, hi uint64 }
+
+// fits returns the lengths of the history after which page p holds n, in order; 0 for zeroes.
+func (p *pageHistory) fits(n uint64, out []span) []span {
+	for i, m := range p.marks {
+		if n == 0 && !m.zero || n != 0 && (m.id != n || m.zero) {
+			continue
+		}
+		hi := uint64(math.MaxUint64)
+		for _, later := range p.marks[i+1:] {
+			if !later.maybe {
+				hi = later.id - 1
+				break
+			}
+		}
+		out = append(out, span{m.id, hi})
+	}
+	return out
 }
 
 // Check finds the prefix of the history that an image is: read returns the contents of a page. atLeast is the
-// write that it must contain (Flushed for D1, Acked for W1). It returns the length of the prefix; where several
-// fit, the longest that no unseen write contradicts is not known, so the shortest is.
+// write that it must contain (Flushed for D1, Acked for W1). It returns the length of the prefix, the shortest if several fit.
 func (h *History) Check(read func(page uint64) ([]byte, error), atLeast uint64) (uint64, error) {
-	low, lowPage := uint64(0), uint64(0)
-	high, highPage := h.Len(), uint64(0)
-	for page, writes := range h.at {
+	found, err := h.stamps(read)
+	if err != nil {
+		return 0, err
+	}
+	n, err := h.prefix(found, atLeast)
+	if err != nil && atLeast > 0 {
+		if short, e := h.prefix(found, 0); e == nil {
+			which := "W1"
+			if short < h.flushed {
+				which = "D1"
+			}
+			return 0, violated(which, "the image is the history up to write %d, and write %d must be in it", short, atLeast)
+		}
+	}
+	return n, err
+}
+
+func (h *History) stamps(read func(page uint64) ([]byte, error)) (map[uint64]uint64, error) {
+	found := make(map[uint64]uint64, len(h.pages))
+	for page := range h.pages {
 		b, err := read(page)
 		if err != nil {
-			return 0, fmt.Errorf("page %d: %w", page, err)
+			return nil, fmt.Errorf("page %d: %w", page, err)
 		}
-		n, err := ReadStamp(b, h.Seed, page)
-		if err != nil {
-			return 0, err
-		}
-		if n == 0 {
-			// Zeroes: before the first write, or one of those that wrote zeroes. Each bounds differently; take the
-			// newest that the rest allows, later.
-			continue
-		}
-		i := search(writes, n)
-		if i < 0 {
-			return 0, fmt.Errorf("C1: page %d holds write %d, which was never made or has been undone", page, n)
-		}
-		if n > low {
-			low, lowPage = n, page
-		}
-		if i+1 < len(writes) && writes[i+1]-1 < high {
-			high, highPage = writes[i+1]-1, page
+		if found[page], err = ReadStamp(b, h.Seed, page); err != nil {
+			return nil, err
 		}
 	}
-	if low > high {
-		return 0, fmt.Errorf("C1: page %d holds write %d, but page %d holds nothing newer than write %d, which write %d has replaced", lowPage, low, highPage, h.last(highPage, high), high+1)
+	return found, nil
+}
+
+func (h *History) prefix(found map[uint64]uint64, atLeast uint64) (uint64, error) {
+	type want struct {
+		page  uint64
+		spans []span
 	}
-	// Pages of zeroes: some prefix in [low, high] must have zeroes in all of them.
-	n := max(low, atLeast)
-	for ; n <= high; n++ {
-		ok := true
-		next := high + 1
-		for page, writes := range h.at {
-			b, _ := read(page)
-			if s, _ := ReadStamp(b, h.Seed, page); s != 0 {
-				continue
-			}
-			w := h.lastOf(writes, n)
-			if w != 0 && !h.zero[w] {
-				ok = false
-				// The next write of zeroes to this page is the earliest that mends it.
-				for _, x := range writes {
-					if x > n && h.zero[x] {
-						next = min(next, x)
-						break
+	var several []want
+	low, high := atLeast, uint64(math.MaxUint64)
+	lowPage, highPage := uint64(0), uint64(0)
+	for page, p := range h.pages {
+		spans := p.fits(found[page], nil)
+		if len(spans) == 0 {
+			return 0, violated("C1", "page %d holds write %d (0: zeroes), which was never made or has been undone", page, found[page])
+		}
+		if len(spans) > 1 {
+			several = append(several, want{page, spans})
+		}
+		if s := spans[0]; s.lo > low {
+			low, lowPage = s.lo, page
+		}
+		if s := spans[len(spans)-1]; s.hi < high {
+			high, highPage = s.hi, page
+		}
+	}
+	n := low
+	for again := true; again && n <= high; {
+		again = false
+		for _, w := range several {
+			for _, s := range w.spans {
+				if n <= s.hi {
+					if n < s.lo {
+						n, again = s.lo, true
 					}
+					break
 				}
 			}
 		}
-		if ok {
-			return n, nil
-		}
-		if next > high {
-			break
-		}
-		n = next - 1
 	}
-	if high < atLeast {
-		return 0, fmt.Errorf("D1/W1: the image ends before write %d (page %d was written again by %d), but %d must be in it", high+1, highPage, high+1, atLeast)
+	if n > high {
+		return 0, violated("C1", "page %d holds write %d, but page %d holds write %d, which write %d has replaced", lowPage, found[lowPage], highPage, found[highPage], high+1)
 	}
-	return 0, fmt.Errorf("D1/C1: no prefix of at least %d writes has the zeroes of the image", atLeast)
+	return n, nil
 }
 
-func (h *History) last(page, n uint64) uint64 { return h.lastOf(h.at[page], n) }
-
-// lastOf is the newest of writes up to n, 0 if there is none.
-func (h *History) lastOf(writes []uint64, n uint64) (w uint64) {
-	for _, x := range writes {
-		if x > n {
-			break
-		}
-		w = x
+// Decide notes that an attach has served this image, the history up to n: what came after never was, and what there is
+// is durable.
+func (h *History) Decide(n uint64, read func(page uint64) ([]byte, error)) error {
+	found, err := h.stamps(read)
+	if err != nil {
+		return err
 	}
-	return w
+	for page, p := range h.pages {
+		m := mark{zero: true}
+		for _, x := range p.marks {
+			if x.id <= n && (found[page] == 0 && x.zero || found[page] == x.id && !x.zero) {
+				m = x
+			}
+		}
+		m.maybe = false
+		p.marks = append(p.marks[:0], m)
+		p.seen = m.id
+	}
+	h.acked, h.flushed, h.decided = n, n, n
+	return nil
 }
 
-func search(writes []uint64, n uint64) int {
-	for i, x := range writes {
-		if x == n {
-			return i
-		}
-	}
-	return -1
+// Violation is a broken invariant.
+type Violation struct {
+	Checker string // D1, W1, …
+	Err     error
 }
+
+func violated(checker, format string, args ...any) error {
+	return &Violation{checker, fmt.Errorf(format, args...)}
+}
+
+func (v *Violation) Error() string { return v.Checker + ": " + v.Err.Error() }
+func (v *Violation) Unwrap() error { return v.Err }

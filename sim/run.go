@@ -1,271 +1,346 @@
 package sim
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"runtime/debug"
+	"slices"
 	"time"
 
-	"github.com/coreos/torus/device"
+	"github.com/coreos/torus"
 	"github.com/coreos/torus/file"
-	"github.com/coreos/torus/models"
+	"github.com/coreos/torus/loop"
 )
 
-// pages is the size of a simulated volume.
-const pages = 700
-
-// Run is one seeded schedule: a volume on three peers with two copies, a writer with many requests in flight, and
-// faults: peers killed, losing power, stopped, cut off; writers killed, frozen and replaced. After every attach the volume is
-// compared with its history: C1, D1, W1 (unless power was lost), L1.
+// Run is one seeded schedule: volumes on a few peers, each with a writer that keeps a history and moves from host to host, and a nemesis. A
+// safety phase, in which nothing may go wrong that DESIGN §8 forbids; then everything is healed, and the cluster must come to a state in
+// which every volume serves all that was acknowledged, in full replication.
 type Run struct {
 	*Cluster
-	rng      *rand.Rand
-	vol      *models.Volume
-	h        *History
-	w        *Client
-	f        *file.File
-	n        int // of clients made
-	inflight map[uint64]bool
-	done     map[uint64]bool
-	frontier uint64
-	power    bool
-	Rounds   int // attaches that were checked
+	// Attaches that were compared with the history, writes acknowledged, blocks that are stored and that nobody lists, at the end.
+	Attaches, Acks, Leaked int
+	Faults                 map[string]int // by kind
+	Trace                  uint64         // hash of every event in order
+
+	p      profile
+	rng    *rand.Rand
+	vols   []*volume
+	n      int // processes made
+	err    error
+	faults []fault
+	again  time.Duration // when an attach that failed is tried again
+	victim *Peer         // has lost data, and alone may be hurt
+	wiped  bool
+	excess bool // more has been damaged than anybody promises to survive
+
+	mdsWeights []int
+	mdsSlow    func(*rand.Rand) time.Duration
+}
+
+// profile is what one schedule is made of.
+type profile struct {
+	peers, replication, volumes int
+	pages                       uint64
+	blockSize                   uint64
+	steps                       int
+	harmEvery, moveEvery        int // steps
+	kinds                       []int
+	excess                      bool
+}
+
+// draw draws the profile of a schedule: each has its own mix of faults, as many together hide what few bring about.
+func draw(rng *rand.Rand) profile {
+	p := profile{
+		peers: 3, replication: 2, volumes: 1 + rng.IntN(3)*rng.IntN(2), pages: uint64(60 + rng.IntN(200)), blockSize: 64 << 10 << rng.IntN(3),
+		steps: 60 + rng.IntN(140), harmEvery: 5 + rng.IntN(30), moveEvery: 20 + rng.IntN(60), excess: rng.IntN(6) == 0,
+	}
+	switch rng.IntN(6) {
+	case 0:
+		p.peers, p.replication = 4, 3
+	case 1:
+		p.peers = 4
+	}
+	one := rng.IntN(3) == 0 // one peer loses data by rot
+	most := 1 + rng.IntN(8)
+	for _, i := range rng.Perm(len(kinds)) {
+		switch k := &kinds[i]; {
+		case k.name == "rot":
+			if one {
+				p.kinds = append(p.kinds, i)
+			}
+		case one && !k.spares || len(p.kinds) >= most:
+		default:
+			p.kinds = append(p.kinds, i)
+		}
+	}
+	if len(p.kinds) == 0 {
+		p.kinds = append(p.kinds, 0)
+	}
+	return p
 }
 
 // Play runs the schedule of a seed; the error says what was violated.
-func Play(seed uint64, rounds int, log *slog.Logger) (*Run, error) {
-	c, err := New(seed, Options{Peers: 3, Replication: 2, BlockSize: 256 << 10, PeerBytes: 64 << 20, Log: log})
+func Play(seed uint64, log *slog.Logger) (r *Run, err error) {
+	rng := rand.New(rand.NewPCG(seed, 2))
+	p := draw(rng)
+	c, err := New(seed, Options{
+		Peers: p.peers, Replication: p.replication, BlockSize: p.blockSize, PeerBytes: 768 * p.blockSize, Slots: 32, Log: log,
+	})
 	if err != nil {
 		return nil, err
 	}
-	defer c.V.Close()
-	r := &Run{Cluster: c, rng: rand.New(rand.NewPCG(seed, 2)), h: NewHistory(seed + 1)}
-	if r.vol, err = c.CreateVolume("v", pages*PageSize); err != nil {
-		return r, err
+	r = &Run{Cluster: c, rng: rng, p: p, Faults: map[string]int{}}
+	defer func() {
+		if p := recover(); p != nil {
+			err = violated("panic", "%v\n%s", p, debug.Stack())
+		}
+		if err != nil {
+			err = fmt.Errorf("%w (at %v)", err, c.V.Now())
+		}
+		c.V.Close()
+	}()
+	c.V.SetTrace(func(e loop.Event) {
+		r.hash(uint64(e.At))
+		r.hash(uint64(e.Kind))
+		for i := range len(e.Loop) {
+			r.hash(uint64(e.Loop[i]))
+		}
+	})
+	c.Witness.fail = r.fail
+	for i := range p.volumes {
+		v := &volume{r: r, h: NewHistory(seed<<8 + uint64(i) + 1), pages: p.pages}
+		if v.info, err = c.CreateVolume(fmt.Sprint("v", i), p.pages*PageSize); err != nil {
+			return r, err
+		}
+		r.vols = append(r.vols, v)
 	}
-	if err := r.attach(); err != nil {
-		return r, err
+	return r, r.play()
+}
+
+func (r *Run) hash(x uint64) {
+	r.Trace = (r.Trace ^ x) * 0x100000001b3
+	r.Trace ^= r.Trace >> 29
+}
+
+func (r *Run) say(format string, args ...any) {
+	if r.log.Enabled(nil, slog.LevelInfo) { //nolint:staticcheck // no context here
+		r.log.Info("schedule: "+fmt.Sprintf(format, args...), "now", r.V.Now())
 	}
-	for round := range rounds {
-		if err := r.round(); err != nil {
-			return r, fmt.Errorf("round %d at %v: %w (acked %d, flushed %d, written %d)", round, c.V.Now(), err, r.h.Acked(), r.h.Flushed(), r.h.Len())
+}
+
+// fail notes a violation; the first one counts.
+func (r *Run) fail(err error) {
+	if r.err == nil {
+		r.err = err
+	}
+}
+
+// check takes up what writers have found.
+func (r *Run) check() bool {
+	for _, v := range r.vols {
+		for _, s := range v.sessions {
+			if s.w != nil && s.w.Err != nil {
+				r.fail(fmt.Errorf("%w (volume %s)", s.w.Err, v.info.Name))
+			}
 		}
 	}
-	return r, nil
+	return r.err == nil
+}
+
+func (r *Run) runUntil(cond func() bool, limit time.Duration) bool {
+	// Asked now and then only: a condition costs more than an event.
+	for end := r.V.Now() + limit; ; {
+		if !r.check() || cond() {
+			return true
+		}
+		if r.V.Now() >= end {
+			return false
+		}
+		r.V.RunFor(5 * time.Millisecond)
+	}
 }
 
 func (r *Run) tune(c *file.Config) {
-	c.CheckpointBytes = uint64(64<<10 + r.rng.IntN(4<<20))
+	c.CheckpointBytes = uint64(64<<10 + r.rng.IntN(2<<20))
 	c.RetainBytes = 128<<10 + r.rng.IntN(2<<20)
 	c.CheckpointEvery = time.Duration(1+r.rng.IntN(20)) * time.Second
 	c.MapBytes = 1
 }
 
-func (r *Run) attach() error {
-	r.n++
-	r.w, r.f = r.NewClient(fmt.Sprintf("client%d", r.n)), nil
-	var failed error
-	over := false
-	r.w.Attach(r.vol, r.tune, func(f *file.File, err error) { r.f, failed, over = f, err, true })
-	if !r.V.Run(func() bool { return over }, 2*time.Minute) {
-		return fmt.Errorf("attach: %w", errStuck)
+func (r *Run) play() error {
+	for range r.p.steps {
+		r.vols[r.rng.IntN(len(r.vols))].act()
+		if r.rng.IntN(r.p.harmEvery) == 0 {
+			r.harm()
+		}
+		d := time.Duration(r.rng.IntN(600)) * time.Microsecond
+		switch r.rng.IntN(40) {
+		case 0, 1:
+			d = time.Duration(r.rng.IntN(50)) * time.Millisecond
+		case 2:
+			d = time.Duration(r.rng.IntN(1500)) * time.Millisecond
+		case 3:
+			if r.rng.IntN(6) == 0 {
+				d = time.Duration(r.rng.IntN(20)) * time.Second
+			}
+		}
+		r.V.RunFor(d)
+		r.mend(false)
+		if r.mdsWeights != nil && r.rng.IntN(10) == 0 {
+			r.MDS.Deliver()
+		}
+		if !r.check() {
+			return r.err
+		}
 	}
-	return failed
-}
-
-func (r *Run) round() error {
-	r.inflight, r.done, r.frontier, r.power = map[uint64]bool{}, map[uint64]bool{}, r.h.Len(), false
-	if err := r.load(20 + r.rng.IntN(150)); err != nil {
+	if err := r.heal(); err != nil {
 		return err
 	}
-	frozen := false
-	switch r.rng.IntN(5) {
-	case 0: // detached in order
-		if err := r.startAll(-1); err != nil {
+	return r.converge()
+}
+
+// heal ends all faults.
+func (r *Run) heal() error {
+	r.say("heal")
+	r.mend(true)
+	r.Net.HealAll()
+	r.MDS.Deliver()
+	for _, p := range r.Peers {
+		if p.Up && p.Store.Stats().Failed {
+			p.Kill()
+		}
+		r.start(p)
+	}
+	if r.Faults["full"] > 0 {
+		r.V.RunFor(6 * time.Second) // a store that had no room looks again after 5
+	}
+	return r.err
+}
+
+// converge asks of a healthy cluster that everything is well in the end.
+func (r *Run) converge() error {
+	for _, v := range r.vols {
+		if err := v.settle(); err != nil {
 			return err
 		}
-		over := false
-		r.w.Loop.Post(func() { r.f.Close(func(error) { over = true }) })
-		if !r.V.Run(func() bool { return over }, time.Minute) {
-			return fmt.Errorf("close: %w", errStuck)
-		}
-		r.w.Kill()
-	case 1: // power loss of everything at once
-		for _, p := range r.Peers {
-			p.PowerLoss()
-		}
-		r.w.Kill()
-		r.power = true
-	case 2: // taken over while it runs
-		frozen = true
-	default:
-		r.w.Kill()
-	}
-	r.Net.HealAll()
-	// One peer may be away while the attach decides, and comes back later.
-	away := r.rng.IntN(2 * len(r.Peers))
-	if err := r.startAll(away); err != nil {
-		return err
-	}
-	if away < len(r.Peers) && r.Peers[away].Up {
-		r.stop(r.Peers[away])
-	}
-	old, oldFile := r.w, r.f
-	if err := r.attach(); err != nil {
-		return err
-	}
-	if err := r.check(); err != nil {
-		return err
-	}
-	if frozen && oldFile.Err() == nil {
-		err := old.Do(oldFile, &device.Request{Op: device.Write, Len: PageSize, Data: make([]byte, PageSize)}, time.Minute)
-		if err == nil || errors.Is(err, errStuck) {
-			return fmt.Errorf("L1: a write of epoch %d under epoch %d: %v", oldFile.Epoch(), r.f.Epoch(), err)
+		if err := v.overtaken(); err != nil {
+			return err
 		}
 	}
-	if !old.dead {
-		old.Kill()
+	if r.p.excess && r.victim == nil && !r.wiped {
+		return r.ruin()
 	}
-	return r.startAll(-1)
-}
-
-// check compares the volume with its history, and takes what it serves as decided.
-func (r *Run) check() error {
-	atLeast := r.h.Acked()
-	if r.power {
-		atLeast = r.h.Flushed()
+	for _, v := range r.vols {
+		if err := v.finish(); err != nil {
+			return err
+		}
 	}
-	image := make([]byte, pages*PageSize)
-	if err := r.w.Do(r.f, &device.Request{Op: device.Read, Len: uint64(len(image)), Data: image}, time.Minute); err != nil {
+	if r.rng.IntN(2) == 0 && r.victim == nil {
+		if end, ok := r.blackout(); ok {
+			end()
+		}
+	}
+	r.V.RunFor(time.Second) // what was sent, such as seals and deletes, is done
+	if !r.check() {
+		return r.err
+	}
+	if err := r.Witness.CheckBytes(); err != nil {
 		return err
 	}
-	n, err := r.h.Check(func(p uint64) ([]byte, error) { return image[p*PageSize:][:PageSize], nil }, atLeast)
-	if err != nil {
-		return err
+	for _, v := range r.vols {
+		x, err := r.readCommitted(v.info)
+		if err == nil && x != nil {
+			err = x.compare(v.h, v.pages, 1)
+			r.Leaked += x.leaked()
+		}
+		if err != nil {
+			return fmt.Errorf("%w (volume %s as committed)", err, v.info.Name)
+		}
+		if x == nil && v.h.Acked() > 0 {
+			return violated("D1", "volume %s: nothing was ever committed, and %d writes are acknowledged", v.info.Name, v.h.Acked())
+		}
 	}
-	r.h.Decide(n)
-	r.Rounds++
-	return nil
-}
-
-func (r *Run) startAll(but int) error {
-	for i, p := range r.Peers {
-		if !p.Up && i != but {
-			if err := p.Start(); err != nil {
-				return err
+	for _, v := range r.vols {
+		for _, s := range v.sessions {
+			if s.w != nil {
+				r.Acks += s.w.Acks
 			}
 		}
 	}
-	return nil
+	return r.err
 }
 
-// stop takes a peer down, with or without power.
-func (r *Run) stop(p *Peer) {
-	if r.rng.IntN(2) == 0 {
-		p.PowerLoss()
-		r.power = true
-	} else {
-		p.Kill()
-	}
-}
-
-// load submits n writes with faults in between, of one peer at a time: R-1.
-func (r *Run) load(n int) error {
-	var hurt *Peer
-	cut := false
-	heal := func() error {
-		if cut {
-			r.Net.HealAll()
-		} else if err := hurt.Start(); err != nil {
+// ruin destroys every copy of a record that was flushed, where a later one says so. Nobody promises to survive that; but an
+// attach must notice, and stop, rather than serve what is left as if it were everything (step 4).
+func (r *Run) ruin() error {
+	v := r.vols[0]
+	for range 6 {
+		v.cur.w.Write(1, false, false)
+		if err := v.settle(); err != nil {
 			return err
 		}
-		hurt, cut = nil, false
+	}
+	v.cur.end()
+	st := r.MDS.Peek(torus.VolumeID(v.info.Id))
+	var all []*sighting
+	for ref, l := range r.Witness.recs {
+		if ref.Type == torus.TypeBlock && ref.Volume == torus.VolumeID(v.info.Id) && uint64(ref.INode) == v.epoch {
+			if set, _ := r.Witness.registered(st, ref); set != nil {
+				all = append(all, l...)
+			}
+		}
+	}
+	slices.SortFunc(all, func(a, b *sighting) int {
+		return bytes.Compare(a.ref.ToBytes(), b.ref.ToBytes())*2 + int(a.seq) - int(b.seq)
+	})
+	flushed := uint64(0)
+	for _, s := range all {
+		flushed = max(flushed, s.flushed)
+	}
+	var may []uint64
+	for _, s := range all {
+		if s.seq > st.GetHead().GetSeq() && s.seq <= flushed {
+			may = append(may, s.seq)
+		}
+	}
+	if len(may) == 0 {
 		return nil
 	}
-	for i := 0; i < n && r.f.Err() == nil; i++ {
-		page, count := uint64(r.rng.IntN(pages)), 1
-		if r.rng.IntN(8) == 0 {
-			count = 1 + r.rng.IntN(40)
+	slices.Sort(may)
+	victim := may[r.rng.IntN(len(may))]
+	// The records that say how much was flushed must stay.
+	type place struct {
+		ref torus.BlockRef
+		off uint32
+	}
+	var headers []place
+	for _, s := range all {
+		if s.seq == victim {
+			headers = append(headers, place{s.ref, s.off})
 		}
-		ok := page+uint64(count) <= pages
-		for k := range uint64(count) {
-			ok = ok && !r.inflight[page+k]
+	}
+	r.say("ruin record %d of %s, which was flushed", victim, v.info.Name)
+	r.excess = true
+	for _, p := range r.Peers {
+		doomed := func(_ string, _ int64, page []byte) bool {
+			h := &r.Witness.hdr
+			return h.Decode(page) == nil && slices.Contains(headers, place{h.Ref, h.Offset})
 		}
-		if ok {
-			r.submit(page, count)
+		for p.FS.Rot(r.rng, doomed) > 0 { // until it has hit what counts
 		}
-		if r.rng.IntN(10) == 0 {
-			r.flush()
-		}
-		r.V.RunFor(time.Duration(r.rng.IntN(500)) * time.Microsecond)
-		if r.rng.IntN(15) != 0 {
-			continue
-		}
-		switch k := r.rng.IntN(6); {
-		case hurt != nil && k < 3:
-			if err := heal(); err != nil {
-				return err
-			}
-			// It must be back, and data it missed must not be needed, before another may go.
-			r.V.RunFor(time.Duration(r.rng.IntN(1500)) * time.Millisecond)
-		case hurt != nil:
-			r.V.RunFor(time.Duration(r.rng.IntN(2000)) * time.Millisecond)
-		case k < 3:
-			hurt = r.Peers[r.rng.IntN(len(r.Peers))]
-			r.stop(hurt)
-		case k < 5:
-			hurt, cut = r.Peers[r.rng.IntN(len(r.Peers))], true
-			switch r.rng.IntN(3) {
-			case 0:
-				r.Net.Partition(r.w.Name, hurt.Name)
-			case 1:
-				r.Net.Cut(r.w.Name, hurt.Name)
-			default:
-				r.Net.Cut(hurt.Name, r.w.Name)
-			}
-		default:
-			r.V.RunFor(time.Duration(r.rng.IntN(20)) * time.Second)
-		}
+		p.Kill()
+		r.start(p)
+	}
+	s := v.attach(false)
+	r.runUntil(func() bool { return s.over || s.w != nil }, 30*time.Second)
+	if r.err != nil {
+		return r.err
+	}
+	if s.err != nil && !errors.Is(s.err, torus.ErrCorrupt) {
+		return violated("D1", "a flushed record is destroyed everywhere, and an attach says only: %w", s.err)
 	}
 	return nil
-}
-
-func (r *Run) submit(page uint64, count int) {
-	b := make([]byte, count*PageSize)
-	ids := make([]uint64, count)
-	for k := range count {
-		ids[k] = r.h.Write(page+uint64(k), b[k*PageSize:][:PageSize], false)
-		r.inflight[page+uint64(k)] = true
-	}
-	q := &device.Request{Op: device.Write, Off: page * PageSize, Len: uint64(len(b)), Data: b}
-	q.Done = func(q *device.Request) {
-		for k, id := range ids {
-			delete(r.inflight, page+uint64(k))
-			if q.Err == nil {
-				r.done[id] = true
-			}
-		}
-		for r.done[r.frontier+1] {
-			delete(r.done, r.frontier+1)
-			r.frontier++
-		}
-		r.h.Ack(r.frontier)
-	}
-	f := r.f
-	r.w.Loop.Post(func() { f.Submit(q) })
-}
-
-func (r *Run) flush() {
-	f, target := r.f, uint64(0)
-	q := &device.Request{Op: device.Flush}
-	q.Done = func(q *device.Request) {
-		if q.Err == nil {
-			r.h.Flush(target)
-		}
-	}
-	r.w.Loop.Post(func() {
-		target = r.h.Acked()
-		f.Submit(q)
-	})
 }

@@ -133,8 +133,8 @@ func (m *Mem) Kill() {
 	clear(m.locks)
 }
 
-// Rot damages stored bytes, as a medium does: of each page of a file for which pick returns true one byte, drawn from rng, is
-// changed, in memory too where that holds what the medium does. Pages with unsynced changes, and those that were never written, are passed over.
+// Rot damages stored bytes, as a medium does: of each page of a file for which pick returns true one sector of 512 bytes, drawn from rng, is
+// garbage afterwards, in memory too where that holds what the medium does. Pages with unsynced changes, and those that were never written, are passed over.
 // pick must keep neither page nor change it. It returns how many pages were damaged.
 func (m *Mem) Rot(rng *rand.Rand, pick func(name string, off int64, page []byte) bool) (n int) {
 	m.mu.Lock()
@@ -147,7 +147,10 @@ func (m *Mem) Rot(rng *rand.Rand, pick func(name string, off int64, page []byte)
 				continue
 			}
 			q := *p // a clone may share it
-			q[rng.IntN(memPageSize)] ^= byte(1 + rng.IntN(255))
+			at := rng.IntN(memPageSize/sectorSize) * sectorSize
+			for i := range sectorSize {
+				q[at+i] ^= byte(1 + rng.IntN(255))
+			}
 			x.durable.pages[no], x.seen.pages[no] = &q, &q
 			n++
 		}

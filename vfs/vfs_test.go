@@ -439,8 +439,8 @@ func TestMemRot(t *testing.T) {
 			wrong++
 		}
 	}
-	if wrong != 1 || b[2*4096] != 8 {
-		t.Fatalf("%d bytes are wrong, want 1", wrong)
+	if wrong != 512 || b[2*4096] != 8 {
+		t.Fatalf("%d bytes are wrong, want a sector", wrong)
 	}
 	g, err := clone.Open("a")
 	if err != nil {

@@ -1,0 +1,208 @@
+package sim
+
+import (
+	"encoding/binary"
+	"fmt"
+	"slices"
+
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/models"
+	"github.com/coreos/torus/record"
+)
+
+// Witness stands between the connections and the stores of all peers and remembers, of every record that any peer has
+// accepted, where it is and what it is. Against that are checked:
+//
+//   - D2: at one place of one block there is never but one record, on any replica, at any time.
+//   - F1: when a write is acknowledged every peer of the registered set of one block holds it.
+//   - W1: nothing is appended to a block of the log that is not registered.
+//   - P1: blocks are on the peers where the ring, as anybody can read it, puts them.
+type Witness struct {
+	c    *Cluster
+	recs map[torus.BlockRef][]*sighting
+	page map[pageKey][]pageSighting
+	hdr  record.Header
+	fail func(error)
+}
+
+// sighting is a record that was accepted.
+type sighting struct {
+	ref          torus.BlockRef
+	off, end     uint32
+	seq, flushed uint64
+	sum          uint32     // of its header, which has those of its pages
+	by           uint32     // one bit a peer that has accepted it
+	powers       [32]uint16 // how often each had lost power by then
+}
+
+type pageKey struct {
+	volume torus.VolumeID
+	page   uint64
+}
+
+type pageSighting struct {
+	crc uint32
+	rec *sighting
+}
+
+func newWitness(c *Cluster) *Witness {
+	return &Witness{c: c, recs: map[torus.BlockRef][]*sighting{}, page: map[pageKey][]pageSighting{}, fail: func(error) {}}
+}
+
+// watched is a peer's service under the eyes of the witness.
+type watched struct {
+	w *Witness
+	p *Peer
+	torus.BlockStore
+}
+
+// Submit implements torus.BlockStore.
+func (s *watched) Submit(r *torus.Request) {
+	if r.Op == torus.OpAppend || r.Op == torus.OpDelete {
+		done := r.Done
+		r.Done = func(r *torus.Request) {
+			r.Done = done
+			if r.Err == nil && r.Op == torus.OpAppend {
+				s.w.accepted(s.p, r)
+			}
+			done(r)
+		}
+	}
+	s.BlockStore.Submit(r)
+}
+
+func (w *Witness) find(ref torus.BlockRef, off uint32) *sighting {
+	l := w.recs[ref]
+	i, ok := slices.BinarySearchFunc(l, off, func(s *sighting, off uint32) int { return int(s.off) - int(off) })
+	if !ok {
+		return nil
+	}
+	return l[i]
+}
+
+// accepted notes the records of an append.
+func (w *Witness) accepted(p *Peer, r *torus.Request) {
+	w.placed(p, r.Ref)
+	for at := 0; at < len(r.Data); {
+		h := &w.hdr
+		if err := h.Decode(r.Data[at:]); err != nil {
+			w.fail(violated("D2", "%s accepted an append to %v at %d that is no record: %w", p.Name, r.Ref, r.Off+uint32(at), err))
+			return
+		}
+		off := r.Off + uint32(at)
+		sum := headerSum(r.Data[at:])
+		s := w.find(r.Ref, off)
+		switch {
+		case s == nil:
+			s = &sighting{ref: r.Ref, off: off, end: off + uint32(h.Size()), seq: h.Seq, flushed: h.Flushed, sum: sum}
+			w.insert(s, h)
+		case s.sum != sum:
+			w.fail(violated("D2", "%s accepted another record at %d of %v than was accepted there before (sequence %d, %d)", p.Name, off, r.Ref, h.Seq, s.seq))
+		}
+		s.by |= 1 << p.index
+		s.powers[p.index] = p.powers
+		at += h.Size()
+	}
+}
+
+func headerSum(header []byte) uint32 { return binary.LittleEndian.Uint32(header[12:]) }
+
+func (w *Witness) insert(s *sighting, h *record.Header) {
+	l := w.recs[s.ref]
+	i, _ := slices.BinarySearchFunc(l, s.off, func(x *sighting, off uint32) int { return int(x.off) - int(off) })
+	if i > 0 && l[i-1].end > s.off || i < len(l) && l[i].off < s.end {
+		w.fail(violated("D2", "two records of %v overlap at %d", s.ref, s.off))
+	}
+	w.recs[s.ref] = slices.Insert(l, i, s)
+	if s.ref.Type != torus.TypeBlock {
+		return
+	}
+	k := 0
+	for _, x := range h.Extents {
+		if !x.Kind.HasPages() {
+			continue
+		}
+		for i := range uint64(x.Count) {
+			key := pageKey{s.ref.Volume, x.Page + i}
+			w.page[key] = append(w.page[key], pageSighting{h.CRCs[k], s})
+			k++
+		}
+	}
+}
+
+// registered returns the set of a block of the window, nil if it is not in it.
+func (w *Witness) registered(st *models.VolumeState, ref torus.BlockRef) (set torus.PeerList, beyond bool) {
+	if st == nil || st.Open == nil || st.Open.Epoch != uint64(ref.INode) || ref.Type != torus.TypeBlock {
+		return nil, false
+	}
+	for _, s := range st.Open.Spans {
+		if i := uint64(ref.Index); i >= s.Lo && i < s.Hi {
+			if o := s.Overrides[i]; o != nil {
+				return w.c.placement(ref, o), false
+			}
+			return w.c.placement(ref, &models.PlacementSet{RingVersion: s.RingVersion, Replication: s.Replication}), false
+		}
+	}
+	n := len(st.Open.Spans)
+	return nil, n > 0 && uint64(ref.Index) >= st.Open.Spans[n-1].Hi
+}
+
+// placed checks that a block belongs where it is appended to.
+func (w *Witness) placed(p *Peer, ref torus.BlockRef) {
+	set, beyond := w.registered(w.c.MDS.Peek(ref.Volume), ref)
+	switch {
+	case beyond:
+		w.fail(violated("W1", "an append to %v, which is not registered", ref))
+	case set != nil && !slices.Contains(set, p.ID):
+		w.fail(violated("P1", "%s accepted an append to %v, whose registered set is %v", p.Name, ref, set))
+	}
+}
+
+// Acked checks that a page of a write just acknowledged by epoch is held by the whole registered set of one block.
+func (w *Witness) Acked(volume torus.VolumeID, epoch, page uint64, b []byte) error {
+	crc := record.Checksum(b)
+	st := w.c.MDS.Peek(volume)
+	l := w.page[pageKey{volume, page}]
+	best, want := 0, 0
+	seen := ""
+	for i := len(l) - 1; i >= 0; i-- {
+		s := l[i].rec
+		if l[i].crc != crc || uint64(s.ref.INode) != epoch {
+			continue
+		}
+		set, _ := w.registered(st, s.ref)
+		if set == nil && st != nil && st.Open != nil && st.Open.Epoch == epoch {
+			continue // below lo: it counts for nothing
+		}
+		if set == nil && st != nil && st.Epoch > epoch {
+			return nil // its window is gone: the attach that follows decides (L1)
+		}
+		n := 0
+		seen += fmt.Sprintf("; record %d at %d of %v", s.seq, s.off, s.ref)
+		for _, id := range set {
+			p := w.c.peerByID(id)
+			switch {
+			case p == nil || s.by&(1<<p.index) == 0:
+				seen += ", not accepted by " + p.Name
+			case !w.holds(p, s):
+				seen += ", not held by " + p.Name
+			default:
+				n++
+			}
+		}
+		if n == len(set) && n > 0 {
+			return nil
+		}
+		best, want = max(best, n), len(set)
+	}
+	return violated("F1", "a write of page %d was acknowledged by epoch %d with %d of %d copies in a block of its window%s", page, epoch, best, want, seen)
+}
+
+// holds reports whether a peer has a record that it accepted; one that has lost power since is believed.
+func (w *Witness) holds(p *Peer, s *sighting) bool {
+	if !p.Up || p.powers != s.powers[p.index] || p.Store.Stats().Failed {
+		return true
+	}
+	t, known := p.tail(s.ref)
+	return !known || t.Length >= s.end
+}
