@@ -1,0 +1,205 @@
+package main
+
+// The names are those of the protocol's model where it has the same mistake.
+var mutants = []Mutant{
+	{Name: "none", Rule: "the product as it is"},
+
+	// Fences.
+	{
+		Name: "fence-volatile", Rule: "a fence is answered without being persisted", File: "peer/fences.go",
+		Edits: []Edit{{"	_, err := j.f.WriteAt(b, int64(j.entries+1)*entrySize)\n	if err == nil {\n		err = j.f.Datasync()\n	}\n", "	var err error\n"}},
+	},
+	{
+		Name: "fence-not-synced", Rule: "a fence is written, not synced", File: "peer/fences.go",
+		Edits: []Edit{{"	if err == nil {\n		err = j.f.Datasync()\n	}\n	if err != nil {\n		j.broken = true", "	if err != nil {\n		j.broken = true"}},
+	},
+	{
+		Name: "append-unfenced", Rule: "appends are not checked against the fence", File: "peer/service.go",
+		Edits: []Edit{{"	checked := r.Op.Mutating() ||", "	checked := r.Op.Mutating() && r.Op != torus.OpAppend ||"}},
+	},
+	{
+		Name: "fence-no-drain", Rule: "fence check and append are not atomic: an append checked before the fence lands after its answer", File: "peer/service.go",
+		Edits: []Edit{{"	if r.Op.Mutating() {\n		f.enlist()\n	}\n", "	if r.Op == torus.OpAppend {\n		s.l.After(2e6, func() { s.store.Submit(r) })\n		return\n	}\n	if r.Op.Mutating() {\n		f.enlist()\n	}\n"}},
+	},
+	{
+		Name: "read-without-fence", Rule: "a recovery reads the tails and fences nothing", File: "file/attach.go",
+		Edits: []Edit{{"Op: torus.OpFence, Epoch: f.epoch, Peer: p, Len: uint32(hi - lo),", "Op: torus.OpFence, Epoch: a.old.Epoch, Peer: p, Len: uint32(hi - lo),"}},
+	},
+	{
+		Name: "repair-unfenced", Rule: "a recovery's copy counts at a peer that has not promised its epoch", File: "file/attach.go",
+		Edits: []Edit{{"!f.dist.Healthy(p) || !a.peers[p].answered", "!f.dist.Healthy(p)"}},
+	},
+
+	// Acknowledgement.
+	{
+		Name: "roll-unregistered", Rule: "the log goes on in blocks that are not registered yet", File: "file/window.go",
+		Edits: []Edit{{"		err := f.commit(t, func(s *models.VolumeState) {\n			s.Open.Spans = append(s.Open.Spans, span)", "		f.win.spans = append(f.win.spans, span)\n		f.pump()\n		err := f.commit(t, func(s *models.VolumeState) {\n			s.Open.Spans = append(s.Open.Spans, span)"}},
+	},
+	{
+		Name: "ack-r-minus-1", Rule: "a write is acknowledged when one replica has it", File: "file/send.go",
+		Edits: []Edit{{"b.stored, b.synced = min(b.stored, r.stored), min(b.synced, r.synced)", "b.synced = min(b.synced, r.synced)"}},
+	},
+	{
+		Name: "flush-r-minus-1", Rule: "a flush is acknowledged when one replica has synced", File: "file/send.go",
+		Edits: []Edit{{"b.stored, b.synced = min(b.stored, r.stored), min(b.synced, r.synced)", "b.stored = min(b.stored, r.stored)"}},
+	},
+	{
+		Name: "ack-out-of-order", Rule: "a write is acknowledged while a lower one is in flight in another block", File: "file/ack.go",
+		Edits: []Edit{{"		if r.end() > r.blk.stored {\n			break\n		}\n", "		if r.end() > r.blk.stored {\n			for s := f.held + 1; s <= f.sent; s++ {\n				if x := f.rec(s); x.end() <= x.blk.stored {\n					reqs := x.reqs\n					x.reqs = nil\n					for _, q := range reqs {\n						q.Finish(nil)\n					}\n				}\n			}\n			break\n		}\n"}},
+	},
+	{
+		Name: "no-roll-again", Rule: "after a replica failed, what it alone had acknowledged is not sent again", File: "file/ack.go",
+		Edits: []Edit{{"		if r.end() > r.blk.stored {\n			break\n		}\n", "		if r.end() > r.blk.stored && (!r.acked || !r.blk.dead) {\n			break\n		}\n"}},
+	},
+
+	// Flushes.
+	{
+		Name: "flush-no-sync", Rule: "a peer answers a sync without making one", File: "storage/sync.go",
+		Edits: []Edit{{"	if x.open < 0 || r.Len <= d.opens[x.open].durable {", "	if x.open < 0 || r.Len <= x.length {"}},
+	},
+	{
+		Name: "sync-no-length", Rule: "a sync succeeds at a peer that holds less", File: "storage/sync.go",
+		Edits: []Edit{{"	if !ok || r.Len > d.slots[s].length && !d.lost(s) {", "	if !ok {"}},
+	},
+	{
+		Name: "flush-open-block-only", Rule: "a flush does not sync older blocks with unsynced records", File: "file/flush.go",
+		Edits: []Edit{
+			{"			if b.replicas[i].synced >= b.stored {", "			if b.closed || b.replicas[i].synced >= b.stored {"},
+			{"		if r.end() > r.blk.synced {\n			break", "		if r.end() > r.blk.synced && !r.blk.closed {\n			break"},
+		},
+	},
+	{
+		Name: "flush-completed-only", Rule: "a flush does not wait for acknowledged records that have to be sent again", File: "file/flush.go",
+		Edits: []Edit{{"	if f.acked <= f.flushed {\n		r.Finish(nil)", "	if f.held <= f.flushed {\n		r.Finish(nil)"}},
+	},
+
+	// Storage.
+	{
+		Name: "crc-unchecked", Rule: "a read's checksums are not checked", File: "file/read.go",
+		Edits: []Edit{{"		if record.Checksum(rd.Data[i*pageSize:][:pageSize])&0xffffff != e.crc() {\n			return false", "		if i < 0 && e.crc() == 0 {\n			return false"}},
+	},
+	{
+		Name: "empty-disk", Rule: "a wiped peer comes back under its old identity", File: "storage/open.go",
+		Edits: []Edit{{"	id, err := ReadIdentity(cfg.FS)\n", "	if _, e := ReadIdentity(cfg.FS); errors.Is(e, fs.ErrNotExist) {\n		_ = Create(cfg.FS, cfg.Identity)\n	}\n	id, err := ReadIdentity(cfg.FS)\n"}},
+	},
+	{
+		Name: "other-bytes-again", Rule: "an append over what is there is taken without comparing (D2)", File: "storage/append.go",
+		Edits:   []Edit{{"		if err == nil && !same {\n			err = errDiffers(r)\n		}\n		if err != nil {\n			d.refuse(r, err)\n			return true\n		}\n		if data", "		_ = same\n		if err != nil {\n			d.refuse(r, err)\n			return true\n		}\n		if data"}},
+		Package: "./storage", Test: "^Test",
+	},
+
+	// Checkpoints.
+	{
+		Name: "ckpt-unsynced", Rule: "a checkpoint covers records that are not flushed", File: "file/checkpoint.go",
+		Edits: []Edit{{"	z, err := f.freeze()\n", "	f.flushed = f.held\n	f.apply()\n	z, err := f.freeze()\n"}},
+	},
+	{
+		Name: "ckpt-leaves-not-durable", Rule: "a checkpoint is committed before its nodes are durable", File: "file/side.go",
+		Edits: []Edit{{"	if failed == nil {\n		reqs = reqs[:0]", "	if failed == nil && len(recs) == 0 {\n		reqs = reqs[:0]"}},
+	},
+	{
+		Name: "shrink-early", Rule: "lo moves past blocks whose records the map lacks", File: "file/checkpoint.go",
+		Edits: []Edit{{"			lo = min(lo, r.home)\n", ""}, {"			lo = min(lo, uint64(r.blk.ref.Index))\n", "			_ = r\n"}},
+	},
+	{
+		Name: "copy-below-lo", Rule: "lo moves past the block that an acknowledged record is whole in, while it is sent again", File: "file/checkpoint.go",
+		Edits: []Edit{{"			lo = min(lo, r.home)\n", ""}},
+	},
+	{
+		Name: "delete-before-commit", Rule: "blocks are deleted before the INode without them is committed", File: "file/checkpoint.go",
+		Edits: []Edit{{"		f.table.remove(slot)\n", "		f.table.remove(slot)\n		for _, p := range saved.peers {\n			f.dist.Submit(p, &torus.Request{Op: torus.OpDelete, Ref: saved.ref, Epoch: f.epoch, Peer: p, Done: func(*torus.Request) {}})\n		}\n"}},
+	},
+
+	// Transactions.
+	{
+		Name: "txn-epoch-only", Rule: "a transaction compares the epoch and not the revision: a late duplicate puts an old head or window back", File: "metadata/temp/client.go",
+		Edits: []Edit{{"		if v.revision != from.Revision {", "		if v.state.Epoch != from.Epoch {"}},
+	},
+	{
+		Name: "ckpt-any-epoch", Rule: "a transaction compares nothing", File: "metadata/temp/client.go",
+		Edits: []Edit{{"		if v.revision != from.Revision {", "		if v.revision < 0 {"}},
+	},
+	{
+		Name: "lost-answer-is-failure", Rule: "a transaction whose answer was lost is taken for one that was not made", File: "file/window.go",
+		Edits: []Edit{
+			{"			now, rerr := f.cfg.MDS.VolumeState(ctx, f.vol)\n", "			now, rerr := f.cfg.MDS.VolumeState(ctx, f.vol)\n			if rerr == nil && now.Epoch == from.Epoch {\n				f.state, rerr = now, err\n			}\n"},
+			{"		switch {\n		case err == nil:\n			f.state = st\n", "		switch {\n		case err != nil && st.VolumeState == nil && !errors.Is(err, torus.ErrNotExist):\n			return err\n		case err == nil:\n			f.state = st\n"},
+		},
+	},
+	{
+		Name: "lost-answer-is-success", Rule: "a transaction whose answer was lost is taken for one that was made", File: "file/window.go",
+		Edits: []Edit{{"			case now.Txn == from.Txn:\n				from = now // it has not: try again\n", "			case now.Txn == from.Txn:\n				st, err = now, nil\n"}},
+	},
+
+	// Attach.
+	{
+		Name: "seal-first", Rule: "an attach seals the blocks of the window before it commits", File: "file/attach.go",
+		Edits: []Edit{{"	if err := a.copies(); err != nil { // step 5\n", "	for _, b := range a.blocks {\n		for _, p := range b.set {\n			f.dist.Submit(p, &torus.Request{Op: torus.OpSeal, Ref: b.ref, Epoch: f.epoch, Len: b.used, Peer: p, Done: func(*torus.Request) {}})\n		}\n	}\n	if err := a.copies(); err != nil { // step 5\n"}},
+	},
+	{
+		Name: "take-first", Rule: "the first tail counts, not the longest", File: "file/attach.go",
+		Edits: []Edit{{"				b.length = max(b.length, op.tails[b.ref.Index])\n", "				b.length = op.tails[b.ref.Index]\n				break\n"}},
+	},
+	{
+		Name: "committed-ignored", Rule: "an attach does not stop where the log ends below what was flushed", File: "file/attach.go",
+		Edits: []Edit{{"	if a.seqUpTo < committed {\n", "	if a.seqUpTo < committed && len(a.blocks) == 0 {\n"}},
+	},
+	{
+		Name: "any-peer-answers", Rule: "a peer answers for blocks of whose registered set it is not", File: "file/attach.go",
+		Edits: []Edit{{"		for _, p := range b.set {\n			ok = ok || a.peers[p].answered\n		}\n", "		for _, p := range a.order {\n			ok = ok || a.peers[p].answered\n		}\n"}},
+	},
+	{
+		Name: "burned-ends", Rule: "an empty block ends the recovery", File: "file/attach.go",
+		Edits: []Edit{{"			busy = append(busy, b)\n		}\n", "			busy = append(busy, b)\n		} else {\n			break\n		}\n"}},
+	},
+	{
+		Name: "commit-without-copies", Rule: "an attach commits before what it found is durable on the whole set", File: "file/attach.go",
+		Edits: []Edit{{"		if err := a.complete(b); err != nil {\n", "		b.whole = true\n		if err := error(nil); err != nil {\n"}},
+	},
+	{
+		Name: "copies-not-synced", Rule: "a recovery's copies are not synced", File: "file/attach.go",
+		Edits: []Edit{{"	f.all(a.t, reqs, func(r *torus.Request) {\n		if r.Err != nil {\n			failed = r.Err", "	f.all(a.t, reqs[:0], func(r *torus.Request) {\n		if r.Err != nil {\n			failed = r.Err"}},
+	},
+	{
+		Name: "in-place-only", Rule: "recovered records may lie in their own blocks only", File: "file/attach.go",
+		Edits: []Edit{{"			a.f.log.Info(\"block cannot be completed in place\", \"block\", b.ref.String(), \"err\", err)\n", "			return again(err)\n"}},
+	},
+	{
+		Name: "open-before-head", Rule: "an attach registers its window before it commits what it found", File: "file/attach.go",
+		Edits: []Edit{{"	if err := a.copies(); err != nil { // step 5\n", "	f.takeMeta(t)\n	err := f.commit(t, func(s *models.VolumeState) {\n		s.Open = &models.Window{Epoch: f.epoch, Spans: []*models.Span{f.newSpan(f.next, windowBlocks)}}\n	})\n	f.releaseMeta()\n	if err != nil {\n		return err\n	}\n	if err := a.copies(); err != nil { // step 5\n"}},
+	},
+	{
+		Name: "attach-keeps-serving", Rule: "a writer that was told of a newer epoch goes on", File: "file/ack.go",
+		Edits: []Edit{{"		f.fenced(q.Fence)\n		return\n", "		return\n"}},
+	},
+
+	// Stores, by their crash tests.
+	{
+		Name: "seal-not-awaited", Rule: "a seal is answered before its entry is durable", File: "storage/seal.go",
+		Edits:   []Edit{{"	case sealed:\n		if x.entry == entryClean {", "	case sealed:\n		if x.entry != entryFlying {"}},
+		Package: "./storage", Test: "^TestCrash",
+	},
+	{
+		Name: "seal-bytes-not-durable", Rule: "a sealed entry is written before the bytes are durable", File: "storage/seal.go",
+		Edits:   []Edit{{"		if d.opens[x.open].durable >= x.length && x.entry == entryClean {", "		if x.entry == entryClean {"}},
+		Package: "./storage", Test: "^TestCrash",
+	},
+	{
+		Name: "seal-no-trunc-durable", Rule: "a seal that drops a tail leaves it counted as durable", File: "storage/seal.go",
+		Edits:   []Edit{{"		o.durable = min(o.durable, r.Len)\n", "		_ = o\n"}},
+		Package: "./storage", Test: "^TestCrash",
+	},
+	{
+		Name: "delete-reuses-early", Rule: "a slot is used again before its block's deletion is durable", File: "storage/seal.go",
+		Edits:   []Edit{{"		d.refuse(r, f.err)\n		return\n	}\n	f.await(r)", "		d.refuse(r, f.err)\n		return\n	}\n	d.giveBack(s)\n	f.await(r)"}},
+		Package: "./storage", Test: "^TestCrash",
+	},
+	{
+		Name: "prewrite-no-sync", Rule: "the pre-writer does not sync before a slot of a new file is used", File: "storage/grow.go",
+		Edits:   []Edit{{"	return f.Datasync()\n}\n\n// Done implements loop.Job.\nfunc (w *prewriter)", "	return nil\n}\n\n// Done implements loop.Job.\nfunc (w *prewriter)"}},
+		Package: "./storage", Test: "^TestCrash",
+		Harmless: "zeroes of the pre-writer and bytes of an append are written to one file through the same page cache, one after the other, and the " +
+			"fdatasync that makes an append durable covers the whole file: there is no order in which older zeroes can cover newer bytes. " +
+			"The sync there is for the price of later syncs and for hearing of errors early.",
+	},
+}
