@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -28,7 +27,7 @@ type guest struct {
 const guestBoots = 2 * time.Minute
 
 // newGuest is a machine on the network, which is not running yet. On boot it mounts its disk, if any, at /data and runs a script,
-// which is given its address.
+// which is given its address. programs are ours, by name, and those of this machine, by path.
 func newGuest(t *testing.T, dir, name string, n *network, disk *guestDisk, modules []string, script func(ip string) string, programs ...string) *guest {
 	t.Helper()
 	g := &guest{disk: disk, ip: n.tap(t, "tap-"+name)}
@@ -64,14 +63,16 @@ poweroff -f
 `)
 	files["script"] = []byte(script(g.ip))
 	files["bin/busybox"] = readFile(t, "/usr/bin/busybox")
-	static, err := staticBinaries()
-	if err != nil {
-		t.Fatal(err)
-	}
 	for _, p := range programs {
-		files["bin/"+p] = readFile(t, filepath.Join(static, p))
+		if !filepath.IsAbs(p) {
+			p = program(t, p)
+		}
+		files["bin/"+filepath.Base(p)] = readFile(t, p)
+		for _, lib := range libraries(p) {
+			files[lib[1:]] = readFile(t, lib)
+		}
 	}
-	if err := os.WriteFile(initramfs, cpio(files, "proc", "sys", "dev", "tmp", "data", "bin", "modules"), 0o644); err != nil {
+	if err := os.WriteFile(initramfs, cpio(files, "proc", "sys", "dev", "tmp", "data", "bin"), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	args := []string{"qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "1", "-m", "640", "-display", "none", "-serial", "stdio", "-monitor", "none",
@@ -194,6 +195,20 @@ func moduleClosure(t *testing.T, paths map[string]string, names []string) (order
 	return order
 }
 
+// libraries are the files that a program of this machine needs; a static one needs none.
+func libraries(program string) (paths []string) {
+	out, err := exec.Command("ldd", program).Output()
+	if err != nil {
+		return nil // "not a dynamic executable"
+	}
+	for _, word := range strings.Fields(string(out)) {
+		if strings.HasPrefix(word, "/") {
+			paths = append(paths, word)
+		}
+	}
+	return paths
+}
+
 func readFile(t *testing.T, path string) []byte {
 	t.Helper()
 	b, err := os.ReadFile(path)
@@ -202,17 +217,6 @@ func readFile(t *testing.T, path string) []byte {
 	}
 	return b
 }
-
-// staticBinaries builds programs that need no library, once, and returns where they are.
-var staticBinaries = sync.OnceValues(func() (string, error) {
-	dir := filepath.Join(shared.dir, "static")
-	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", dir+"/", "github.com/coreos/torus/cmd/torusd", "github.com/coreos/torus/cmd/torusblk")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("go build without cgo: %w\n%s", err, out)
-	}
-	return dir, nil
-})
 
 // cpio is an initramfs in the "newc" format: directories, executable files and a console.
 func cpio(files map[string][]byte, dirs ...string) []byte {
@@ -227,11 +231,21 @@ func cpio(files map[string][]byte, dirs ...string) []byte {
 		b.Write(data)
 		pad()
 	}
+	made := map[string]bool{".": true}
+	var mkdir func(name string)
+	mkdir = func(name string) {
+		if !made[name] {
+			made[name] = true
+			mkdir(filepath.Dir(name))
+			entry(name, 0o40755, 0, 0, nil)
+		}
+	}
 	for _, d := range dirs {
-		entry(d, 0o40755, 0, 0, nil)
+		mkdir(d)
 	}
 	entry("dev/console", 0o20600, 5, 1, nil)
 	for name, data := range files {
+		mkdir(filepath.Dir(name))
 		entry(name, 0o100755, 0, 0, data)
 	}
 	entry("TRAILER!!!", 0, 0, 0, nil)
