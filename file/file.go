@@ -166,6 +166,7 @@ type File struct {
 	closed        bool
 	err           error // failed for good
 	errFn         func() error
+	lostSince     time.Duration // loop time since when a peer of the open block is away; see leaveLost
 	tick          *loop.Timer
 	unwatch       func()
 	stats         Stats
@@ -279,6 +280,7 @@ func (f *File) housekeeping() {
 		f.startSync()
 	}
 	f.probe()
+	f.leaveLost()
 	f.maybeCheckpoint()
 	f.maybeExtend()
 	f.pump()
