@@ -31,6 +31,8 @@ type Epoll struct {
 	pwait2 bool          // the kernel has epoll_pwait2 (5.11): timeouts in nanoseconds
 	ts     unix.Timespec // scratch
 
+	yielded time.Duration // when the Go scheduler last had its way
+
 	events [256]unix.EpollEvent
 	slots  []*Registration // by the low half of the epoll data, their generation is the high one
 	free   []int32         // indices of empty slots
@@ -101,6 +103,10 @@ func (e *Epoll) Run() error {
 			return fmt.Errorf("event loop: epoll_wait: %w", err)
 		}
 		e.turn(n)
+		if e.now-e.yielded > yieldEvery {
+			e.yielded = e.now
+			runtime.Gosched()
+		}
 	}
 }
 
@@ -251,15 +257,19 @@ func (e *Epoll) stopTimer(t *Timer) { e.timers.remove(t.index) }
 // Offload implements Loop.
 func (e *Epoll) Offload(j Job) { e.pool.run(j) }
 
-// nap is how long a loop sleeps without telling the Go scheduler.
-const nap = 2 * time.Millisecond
+// sysmon, the Go scheduler's monitor, takes the P away from a goroutine that it finds in a system call and that has not
+// been scheduled anew for 10 ms, which a busy loop never would be. Thereafter it looks every 20 µs for more to take: a
+// tenth and more of a peer's CPU time under load. So the loop has itself scheduled anew in time, and
+// does not announce short sleeps.
+const (
+	yieldEvery = 4 * time.Millisecond
+	nap        = 2 * time.Millisecond
+)
 
 // epollWait waits for events, for ever if timeout is negative.
 //
-// The scheduler is not told of a wait of up to nap. Were it, sysmon would take the P away from a loop that has not
-// been scheduled anew for 10 ms, which a busy one never is, and then look every 20 µs for more to take: a tenth of
-// a peer's CPU time under load. Whoever stops the world waits for a nap at most, and others run on the P's that the process
-// has besides (see Epoll). A longer wait is announced.
+// The scheduler is not told of a wait of up to nap: whoever stops the world waits that long at most, and others run on
+// the P's that the process has besides (see Epoll).
 func (e *Epoll) epollWait(timeout time.Duration) (int, error) {
 	if timeout >= 0 && timeout <= nap {
 		return done(e.epollPwait(timeout, true))

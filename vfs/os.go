@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -135,14 +136,46 @@ type osFile struct {
 	f        *os.File
 	fd       int
 	syncTime atomic.Int64
+
+	directOnce sync.Once
+	directFile *os.File // the same, opened with O_DIRECT; nil where that cannot be
 }
 
-func (f *osFile) ReadAt(b []byte, off int64) (int, error) { return f.f.ReadAt(b, off) }
+// directBytes is the least that is worth reading past the page cache: what is read in such pieces is read once, and copying
+// it twice and evicting other things for it costs more than the disk does.
+const directBytes = 256 << 10
+
+// ReadAt reads large aligned pieces from the disk right into b. The kernel writes out first what of them is dirty in memory.
+func (f *osFile) ReadAt(b []byte, off int64) (int, error) {
+	if len(b) >= directBytes && (uintptr(unsafe.Pointer(&b[0]))|uintptr(off)|uintptr(len(b)))%directAlign == 0 {
+		if d := f.direct(); d != nil {
+			if n, err := d.ReadAt(b, off); err == nil {
+				return n, nil
+			}
+			// Else let the ordinary way say what is wrong.
+		}
+	}
+	return f.f.ReadAt(b, off)
+}
+
+const directAlign = 4096
+
+func (f *osFile) direct() *os.File {
+	f.directOnce.Do(func() {
+		if d, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", f.fd), os.O_RDONLY|unix.O_DIRECT, 0); err == nil {
+			f.directFile = d
+		}
+	})
+	return f.directFile
+}
 
 // ReadAtCached is preadv2(2) with RWF_NOWAIT. Where the kernel or the file system cannot tell, everything would block.
 func (f *osFile) ReadAtCached(b []byte, off int64) (int, error) {
 	if len(b) == 0 {
 		return 0, nil
+	}
+	if len(b) >= directBytes && !f.cached(off, len(b)) {
+		return 0, ErrWouldBlock // a try would begin to read it into the page cache, and ReadAt goes past that
 	}
 	vec := unix.Iovec{Base: &b[0], Len: uint64(len(b))}
 	// It does not block, so the Go scheduler need not be told.
@@ -160,6 +193,13 @@ func (f *osFile) ReadAtCached(b []byte, off int64) (int, error) {
 		return 0, io.EOF
 	}
 	return 0, ErrWouldBlock // the rest is not in memory, or beyond the end: ReadAt can tell
+}
+
+// cached reports whether all of a range is in the page cache; true if the kernel cannot tell (before 6.5).
+func (f *osFile) cached(off int64, n int) bool {
+	r := unix.CachestatRange{Off: uint64(off), Len: uint64(n)}
+	var st unix.Cachestat_t
+	return unix.Cachestat(uint(f.fd), &r, &st, 0) != nil || st.Cache >= uint64(n+os.Getpagesize()-1)/uint64(os.Getpagesize())
 }
 
 func (f *osFile) WriteAt(b []byte, off int64) (int, error) {
@@ -194,7 +234,12 @@ func (f *osFile) Size() (int64, error) {
 	return st.Size(), nil
 }
 
-func (f *osFile) Close() error { return f.f.Close() }
+func (f *osFile) Close() error {
+	if d := f.direct(); d != nil {
+		d.Close()
+	}
+	return f.f.Close()
+}
 
 func (f *osFile) wrap(op string, err error) error {
 	if err == nil {
