@@ -47,7 +47,11 @@ func (c Capacity) resolve(dir string, free, size, blockSize uint64) (uint64, err
 // diskUsage is how many bytes the files below dir take on the disk.
 func diskUsage(dir string) (uint64, error) {
 	var n uint64
-	err := filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+	dir, err := filepath.EvalSymlinks(dir) // a data dir is often a link to a disk; WalkDir would stop at it
+	if err != nil {
+		return 0, err
+	}
+	err = filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}

@@ -52,4 +52,11 @@ func TestCapacityCountsWhatIsThere(t *testing.T) {
 	if _, err := (Capacity{Bytes: 16 << 20}).resolve(dir, 0, 1<<30, 1<<20); err == nil {
 		t.Error("took twice of what is there")
 	}
+	link := filepath.Join(t.TempDir(), "data")
+	if err := os.Symlink(dir, link); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := (Capacity{Bytes: 8 << 20}).resolve(link, 0, 1<<30, 1<<20); err != nil {
+		t.Errorf("through a link: %v", err)
+	}
 }
