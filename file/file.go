@@ -51,8 +51,8 @@ type Config struct {
 	// Force takes over from a holder whose lease still lives.
 	Force bool
 
-	RetainBytes     int           // bound of what is kept in memory until it is flushed; default 64 MiB
-	MapBytes        int           // bound of the map's leaves in memory; default 64 MiB
+	RetainBytes     int           // bound of what is kept in memory until it is flushed; default 32 MiB
+	MapBytes        int           // bound of the map's leaves in memory; default 32 MiB
 	CheckpointBytes uint64        // of log between checkpoints; default 256 MiB
 	CheckpointEvery time.Duration // at the latest, if anything was written; default 30 s
 	WindowAhead     time.Duration // how long the registered window should last at the present rate; default 60 s
@@ -69,7 +69,7 @@ func (c *Config) setDefaults() {
 			*p = v
 		}
 	}
-	def(&c.RetainBytes, 64<<20)
+	def(&c.RetainBytes, 32<<20)
 	def(&c.MapBytes, 64<<20)
 	if c.CheckpointBytes == 0 {
 		c.CheckpointBytes = 256 << 20
