@@ -65,7 +65,7 @@ func TestWriterKilled(t *testing.T) {
 			slowest = max(slowest, time.Since(began))
 		}
 		w.settle(t, conn, true)
-		now, _, _ := w.counts()
+		_, now, _ := w.counts()
 		undone += last - now
 		t.Logf("round %d: %d writes, %d acknowledged, %d flushed; %d after the attach", i+1, last, acked, flushed, now)
 		if t.Failed() {
@@ -276,7 +276,7 @@ func testCutOffWriter(t *testing.T, pace time.Duration) {
 	w.mu.Unlock()
 	old.waitPrinted(t, 0, knows, fmt.Sprintf(`fenced.*epoch %d`, c.volume(t, volume).Epoch))
 	w.settle(t, second, true)
-	now, _, _ := w.counts()
+	_, now, _ := w.counts()
 	t.Logf("%d writes, %d acknowledged, %d flushed; %d served", last, acked, flushed, now)
 	w.pace = 0
 	for range 3 {

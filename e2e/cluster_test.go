@@ -332,6 +332,12 @@ func (c *cluster) waitHealthy(t testing.TB, limit time.Duration) time.Duration {
 	})
 }
 
+// waitReady waits until a peer serves.
+func (c *cluster) waitReady(t testing.TB, p *peer) {
+	t.Helper()
+	eventually(t, startLimit, p.name+" serves", func() error { return c.getOK(t.Context(), "http://"+p.http+"/readyz") })
+}
+
 // newVolume creates a volume and deletes it at the end of the test.
 func (c *cluster) newVolume(t *testing.T, size string) string {
 	t.Helper()

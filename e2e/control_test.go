@@ -118,7 +118,7 @@ func TestControlChecker(t *testing.T) {
 	// Part of one request of several pages.
 	at := uint64(3000)
 	b := make([]byte, 4*pageSize)
-	lo := w.hist.Len() + 1
+	lo := w.hist.Last() + 1
 	for i := range uint64(4) {
 		w.write(at+i, b[i*pageSize:(i+1)*pageSize], false)
 	}

@@ -184,7 +184,7 @@ func (s *stamper) plan() *nbdclient.Op {
 	}
 	buf := s.free.Get().(*[]byte)
 	data := (*buf)[:n*pageSize]
-	lo := s.hist.Len() + 1
+	lo := s.hist.Last() + 1
 	var last uint64
 	for i := range n {
 		last = s.write(at+i, data[i*pageSize:(i+1)*pageSize], false)
@@ -207,7 +207,10 @@ func (s *stamper) plan() *nbdclient.Op {
 
 // write notes a write of one page and stamps it.
 func (s *stamper) write(at uint64, b []byte, zero bool) uint64 {
-	n := s.hist.Write(s.first+at, b, zero)
+	if zero {
+		b = nil
+	}
+	n := s.hist.Write(s.first+at, b)
 	s.used[at], s.newest[at] = true, n
 	if zero {
 		s.newest[at] = 0
@@ -299,7 +302,7 @@ func (s *stamper) flush(t testing.TB, c *nbdclient.Conn) {
 func (s *stamper) counts() (last, acked, flushed uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.hist.Len(), s.hist.Acked(), s.hist.Flushed()
+	return s.hist.Last(), s.hist.Acked(), s.hist.Flushed()
 }
 
 // image reads the region.
@@ -367,20 +370,25 @@ func (s *stamper) settle(t testing.TB, c *nbdclient.Conn, acked bool) {
 	}
 	n, err := s.check(img, atLeast)
 	if err != nil {
-		t.Fatalf("%v\nthe history has %d writes, %d acknowledged, %d flushed", err, s.hist.Len(), s.hist.Acked(), s.hist.Flushed())
+		t.Fatalf("%v\nthe history has %d writes, %d acknowledged, %d flushed", err, s.hist.Last(), s.hist.Acked(), s.hist.Flushed())
 	}
-	s.decide(n, img)
+	if err := s.decide(n, img); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // decide drops what came after write n: an attach has served img, so it never was.
-func (s *stamper) decide(n uint64, img []byte) {
-	s.hist.Decide(n)
+func (s *stamper) decide(n uint64, img []byte) error {
+	if err := s.hist.Decide(n, func(p uint64) ([]byte, error) { return img[(p-s.first)*pageSize : (p-s.first+1)*pageSize], nil }); err != nil {
+		return err
+	}
 	for i := range s.newest {
 		s.newest[i], _ = sim.ReadStamp(img[i*pageSize:(i+1)*pageSize], s.hist.Seed, s.first+uint64(i)) // checked just now
 	}
 	for len(s.whole) > 0 && s.whole[len(s.whole)-1].hi > n {
 		s.whole = s.whole[:len(s.whole)-1]
 	}
+	return nil
 }
 
 // mustEqual: the volume holds the whole history, and nothing else.
@@ -392,7 +400,7 @@ func (s *stamper) mustEqual(t testing.TB, c *nbdclient.Conn) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, err := s.check(img, s.hist.Len()); err != nil {
+	if _, err := s.check(img, s.hist.Last()); err != nil {
 		t.Fatal(err)
 	}
 }
