@@ -30,9 +30,10 @@ type Options struct {
 	Replication int
 	BlockSize   uint64
 	PeerBytes   uint64
-	Outside     int          // how many of the peers are not in the ring at first
-	Slots       int          // of the ring; 0: 512
-	Log         *slog.Logger // nil: none
+	Slots       int // of the ring; 0: 512
+	// SlotsPerFile is how many blocks of a store share a file; 0: 16.
+	SlotsPerFile int
+	Log          *slog.Logger // nil: none
 }
 
 // Cluster is a metadata service, peers and clients.
@@ -92,7 +93,7 @@ func New(seed uint64, opt Options) (*Cluster, error) {
 			return nil, err
 		}
 	}
-	return c, c.SetRing(c.Peers[:opt.Peers-opt.Outside])
+	return c, c.SetRing(c.Peers)
 }
 
 // AddPeer starts a peer with an empty disk. It gets no data before it is in the ring.
@@ -185,9 +186,13 @@ func (p *Peer) start() error {
 		}
 		return nil
 	})
+	slots := c.opt.SlotsPerFile
+	if slots == 0 {
+		slots = 16
+	}
 	var err error
 	p.Store, err = storage.Open(storage.Config{
-		Loop: p.Loop, FS: disk, SizeBytes: c.opt.PeerBytes, SlotsPerFile: 16, Log: log, Identity: p.identity(),
+		Loop: p.Loop, FS: disk, SizeBytes: c.opt.PeerBytes, SlotsPerFile: slots, Log: log, Identity: p.identity(),
 	})
 	if err != nil {
 		return err

@@ -21,11 +21,15 @@ const PageSize = 4096
 // un-happens.
 type History struct {
 	Seed    uint64 // tells this volume's stamps from another's
-	last    uint64
+	last    uint64 // number handed out
+	top     uint64 // of these, the last that is part of the history
 	pages   map[uint64]*pageHistory
 	acked   uint64
 	flushed uint64
 	decided uint64
+	// void: some replica has lost what was not synced at a time when this was the last write. Until all of that is flushed, W1
+	// does not hold. voided is the same, as it was at the last decision.
+	void, voided uint64
 }
 
 // pageHistory is what one page has held.
@@ -53,6 +57,26 @@ func (h *History) Last() uint64 { return h.last }
 func (h *History) Acked() uint64   { return h.acked }
 func (h *History) Flushed() uint64 { return h.flushed }
 
+// LosePower notes that some replica may have lost what was not synced.
+func (h *History) LosePower() { h.void = h.last }
+
+// Promised is the last write that the next attach must serve: all that was acknowledged, or, if power was lost, flushed.
+func (h *History) Promised() uint64 {
+	if h.flushed < h.void {
+		return h.flushed
+	}
+	return h.acked
+}
+
+// Late checks an acknowledgement of write n that comes when a newer attach has decided: it must be part of what that serves (L1). One that
+// had been earned, and was only told late, may have been lost with power meanwhile.
+func (h *History) Late(n uint64) error {
+	if n > h.decided && n > h.voided {
+		return violated("L1", "write %d was acknowledged, and a newer attach has decided that the history ends at %d", n, h.decided)
+	}
+	return nil
+}
+
 // Decided is the last write that the last attach has served.
 func (h *History) Decided() uint64 { return h.decided }
 
@@ -70,6 +94,7 @@ func (h *History) Write(page uint64, b []byte) uint64 {
 	id := h.Ghost(page, b)
 	p := h.page(page)
 	p.marks = append(p.marks, mark{id: id, zero: b == nil})
+	h.top = id
 	return id
 }
 
@@ -193,21 +218,20 @@ func (p *pageHistory) fits(n uint64, out []span) []span {
 }
 
 // Check finds the prefix of the history that an image is: read returns the contents of a page. atLeast is the
-// write that it must contain (Flushed for D1, Acked for W1). It returns the length of the prefix, the shortest if several fit.
+// write that it must contain (Flushed for D1, Acked for W1). It returns the length of the prefix, the longest if several fit:
+// zeroes over zeroes leave no trace.
 func (h *History) Check(read func(page uint64) ([]byte, error), atLeast uint64) (uint64, error) {
 	found, err := h.stamps(read)
 	if err != nil {
 		return 0, err
 	}
-	n, err := h.prefix(found, atLeast)
-	if err != nil && atLeast > 0 {
-		if short, e := h.prefix(found, 0); e == nil {
-			which := "W1"
-			if short < h.flushed {
-				which = "D1"
-			}
-			return 0, violated(which, "the image is the history up to write %d, and write %d must be in it", short, atLeast)
+	n, err := h.prefix(found)
+	if err == nil && n < atLeast {
+		which := "W1"
+		if n < h.flushed {
+			which = "D1"
 		}
+		return 0, violated(which, "the image is the history up to write %d, and write %d must be in it", n, atLeast)
 	}
 	return n, err
 }
@@ -226,13 +250,13 @@ func (h *History) stamps(read func(page uint64) ([]byte, error)) (map[uint64]uin
 	return found, nil
 }
 
-func (h *History) prefix(found map[uint64]uint64, atLeast uint64) (uint64, error) {
+func (h *History) prefix(found map[uint64]uint64) (uint64, error) {
 	type want struct {
 		page  uint64
 		spans []span
 	}
 	var several []want
-	low, high := atLeast, uint64(math.MaxUint64)
+	low, high := uint64(0), uint64(math.MaxUint64)
 	lowPage, highPage := uint64(0), uint64(0)
 	for page, p := range h.pages {
 		spans := p.fits(found[page], nil)
@@ -249,21 +273,22 @@ func (h *History) prefix(found map[uint64]uint64, atLeast uint64) (uint64, error
 			high, highPage = s.hi, page
 		}
 	}
-	n := low
-	for again := true; again && n <= high; {
+	n := min(high, h.top)
+	for again := true; again && n >= low; {
 		again = false
 		for _, w := range several {
-			for _, s := range w.spans {
-				if n <= s.hi {
-					if n < s.lo {
-						n, again = s.lo, true
+			for i := len(w.spans) - 1; i >= 0; i-- {
+				s := w.spans[i]
+				if n >= s.lo {
+					if n > s.hi {
+						n, again = s.hi, true
 					}
 					break
 				}
 			}
 		}
 	}
-	if n > high {
+	if n < low || low > high {
 		return 0, violated("C1", "page %d holds write %d, but page %d holds write %d, which write %d has replaced", lowPage, found[lowPage], highPage, found[highPage], high+1)
 	}
 	return n, nil
@@ -287,7 +312,11 @@ func (h *History) Decide(n uint64, read func(page uint64) ([]byte, error)) error
 		p.marks = append(p.marks[:0], m)
 		p.seen = m.id
 	}
-	h.acked, h.flushed, h.decided = n, n, n
+	h.voided = 0
+	if h.flushed < h.void {
+		h.voided = h.void
+	}
+	h.top, h.acked, h.flushed, h.decided, h.void = n, n, n, n, 0
 	return nil
 }
 

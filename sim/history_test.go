@@ -90,7 +90,7 @@ func TestHistoryZeroesAndFailures(t *testing.T) {
 		n    uint64
 		whom string
 	}{
-		{image{2: b}, 3, ""},
+		{image{2: b}, 4, ""},
 		{image{1: c, 2: b}, 4, ""},
 		{image{1: a, 2: b}, 0, "C1"},
 		{image{}, 0, "W1"},
@@ -99,6 +99,16 @@ func TestHistoryZeroesAndFailures(t *testing.T) {
 		if n != x.n || whose(err) != x.whom {
 			t.Errorf("%d pages: %d, %v; want %d, %q", len(x.img), n, err, x.n, x.whom)
 		}
+	}
+	// Acknowledgements that come after a decision.
+	g := NewHistory(7)
+	g.Write(1, make([]byte, PageSize))
+	g.Write(1, make([]byte, PageSize))
+	if err := g.Decide(1, image{}.read); err != nil {
+		t.Fatal(err)
+	}
+	if g.Late(1) != nil || whose(g.Late(2)) != "L1" {
+		t.Error("L1: a late acknowledgement of what had been decided against was not noticed")
 	}
 	h.AckPage(1, 2)
 	if err := h.Read(1, a, h.Floor(1)); whose(err) != "C1" {

@@ -43,7 +43,7 @@ func (c *Cluster) readCommitted(vol *models.Volume) (*committed, error) {
 	x := &committed{c: c, vol: vol, inode: &models.INode{}, live: map[uint32]int{}}
 	b, err := x.extent(head.Inode)
 	if err != nil {
-		return nil, fmt.Errorf("INode %d: %w", head.Number, err)
+		return nil, fmt.Errorf("%w (INode %d)", err, head.Number)
 	}
 	if err := proto.Unmarshal(b, x.inode); err != nil {
 		return nil, violated("C1", "INode %d: %w", head.Number, err)
@@ -54,7 +54,7 @@ func (c *Cluster) readCommitted(vol *models.Volume) (*committed, error) {
 	for i, page := range x.inode.Table {
 		b, err := x.extent(page)
 		if err != nil {
-			return nil, fmt.Errorf("block table page %d: %w", i, err)
+			return nil, fmt.Errorf("%w (block table page %d)", err, i)
 		}
 		for ; len(b) >= 32; b = b[32:] {
 			le := binary.LittleEndian
@@ -165,7 +165,7 @@ func (x *committed) each(fn func(page uint64, b []byte) error) error {
 		}
 		b, err := x.page(e)
 		if err != nil {
-			return fmt.Errorf("map of pages %d to %d: %w", page, page+under-1, err)
+			return fmt.Errorf("%w (map of pages %d to %d)", err, page, page+under-1)
 		}
 		if under == 1 {
 			return fn(page, b)
@@ -215,14 +215,17 @@ func (x *committed) compare(h *History, pages, stride uint64) error {
 	return nil
 }
 
-// leaked counts the blocks of the volume that a peer stores and the head does not list.
-func (x *committed) leaked() (n int) {
-	known := map[torus.BlockRef]bool{}
+// list adds the blocks of the volume to a set.
+func (x *committed) list(known map[torus.BlockRef]bool) {
 	for _, b := range x.blocks {
 		if b.used {
 			known[b.ref] = true
 		}
 	}
+}
+
+// leaked counts the blocks of the volume that a peer stores and the head does not list.
+func (x *committed) leaked(known map[torus.BlockRef]bool) (n int) {
 	for _, p := range x.c.Peers {
 		if !p.Up {
 			continue
@@ -236,13 +239,17 @@ func (x *committed) leaked() (n int) {
 	return n
 }
 
-// CheckBytes reads every block of every peer and compares it, record by record, with what was accepted for that place (D2).
-func (w *Witness) CheckBytes() error {
+// CheckBytes reads every block of every peer and compares it, record by record, with what was accepted for that place (D2). Blocks that
+// are not listed may have lost, with power, what was never synced.
+func (w *Witness) CheckBytes(listed map[torus.BlockRef]bool) error {
 	for _, p := range w.c.Peers {
 		if !p.Up || p.Gone || p.Rotten {
 			continue
 		}
 		for _, t := range p.list(0) {
+			if p.powers > 0 && !listed[t.Ref] {
+				continue
+			}
 			b, err := p.peek(t.Ref, 0, int(t.Length))
 			if err != nil {
 				return violated("D2", "%s cannot read the %d bytes it has of %v: %w", p.Name, t.Length, t.Ref, err)

@@ -141,7 +141,7 @@ func (r *Run) client() *Client {
 // lostUnsynced notes that some peer may have lost what it had not synced.
 func (r *Run) lostUnsynced() {
 	for _, v := range r.vols {
-		v.void = v.h.Last()
+		v.h.LosePower()
 	}
 }
 
@@ -179,11 +179,15 @@ func (r *Run) blackout() (func(), bool) {
 		}
 	}
 	r.lostUnsynced()
-	return func() {
-		for _, p := range r.Peers {
-			r.start(p)
+	// They come back one after another, some of them late.
+	for _, p := range r.Peers {
+		long := 50
+		if r.rng.IntN(3) == 0 {
+			long = 4000
 		}
-	}, true
+		r.until("power-all", func() { r.start(p) }, time.Duration(r.rng.IntN(long))*time.Millisecond)
+	}
+	return nil, true
 }
 
 func (r *Run) pausePeer() (func(), bool) {

@@ -2,6 +2,7 @@ package sim
 
 import (
 	"errors"
+	"fmt"
 	"math/rand/v2"
 
 	"github.com/coreos/torus/device"
@@ -155,9 +156,13 @@ func (s *submitted) done() {
 		if !errors.Is(s.q.Err, device.ErrOutOfSpace) {
 			return // the file is over: nothing is acknowledged any more
 		}
-	case s.over || w.Over && last > w.H.Decided():
-		w.fail(violated("L1", "epoch %d acknowledged write %d, and a newer attach has decided that the history ends at %d", w.File.Epoch(), last, w.H.Decided()))
+	case s.over:
+		w.fail(violated("L1", "epoch %d acknowledged write %d, which it began when a newer attach had decided", w.File.Epoch(), last))
 		return
+	case w.Over:
+		if err := w.H.Late(last); err != nil {
+			w.fail(fmt.Errorf("%w (by epoch %d)", err, w.File.Epoch()))
+		}
 	case !w.Over:
 		w.Acks++
 		fua := s.q.Flags&device.FUA != 0

@@ -48,8 +48,8 @@ var mutants = []Mutant{
 		Edits: []Edit{{"		if r.end() > r.blk.stored {\n			break\n		}\n", "		if r.end() > r.blk.stored {\n			for s := f.held + 1; s <= f.sent; s++ {\n				if x := f.rec(s); x.end() <= x.blk.stored {\n					reqs := x.reqs\n					x.reqs = nil\n					for _, q := range reqs {\n						q.Finish(nil)\n					}\n				}\n			}\n			break\n		}\n"}},
 	},
 	{
-		Name: "no-roll-again", Rule: "after a replica failed, what it alone had acknowledged is not sent again", File: "file/ack.go",
-		Edits: []Edit{{"		if r.end() > r.blk.stored {\n			break\n		}\n", "		if r.end() > r.blk.stored && (!r.acked || !r.blk.dead) {\n			break\n		}\n"}},
+		Name: "roll-keeps-held", Rule: "after a replica failed, what was acknowledged in its block is not sent again", File: "file/send.go",
+		Edits: []Edit{{"	f.sent, f.held = min(f.sent, from-1), min(f.held, from-1)\n", "	f.sent = max(min(f.sent, from-1), f.held)\n"}},
 	},
 
 	// Flushes.
@@ -64,7 +64,7 @@ var mutants = []Mutant{
 	{
 		Name: "flush-open-block-only", Rule: "a flush does not sync older blocks with unsynced records", File: "file/flush.go",
 		Edits: []Edit{
-			{"			if b.replicas[i].synced >= b.stored {", "			if b.closed || b.replicas[i].synced >= b.stored {"},
+			{"			if b.replicas[i].synced >= n {", "			if b.closed || b.replicas[i].synced >= n {"},
 			{"		if r.end() > r.blk.synced {\n			break", "		if r.end() > r.blk.synced && !r.blk.closed {\n			break"},
 		},
 	},
@@ -176,7 +176,7 @@ var mutants = []Mutant{
 	// Stores, by their crash tests.
 	{
 		Name: "seal-not-awaited", Rule: "a seal is answered before its entry is durable", File: "storage/seal.go",
-		Edits:   []Edit{{"	case sealed:\n		if x.entry == entryClean {", "	case sealed:\n		if x.entry != entryFlying {"}},
+		Edits:   []Edit{{"			if err := d.writeEntry(s); err != nil {\n				d.fail(f, err)\n				r.Finish(f.err)\n				return\n			}\n", "			if err := d.writeEntry(s); err != nil {\n				d.fail(f, err)\n				r.Finish(f.err)\n				return\n			}\n			r.Finish(nil)\n			return\n"}},
 		Package: "./storage", Test: "^TestCrash",
 	},
 	{

@@ -38,7 +38,7 @@ type caught struct {
 }
 
 // A failure of the simulator names its seed and its checker.
-var violation = regexp.MustCompile(`seed (\d+): (\S+): (.*)`)
+var violation = regexp.MustCompile(`seed (\d+): (D1|D2|D3|F1|L1|W1|C1|P1|S1|LIVE|panic): (.*)`)
 
 // play builds the tests with the mutant in and runs them until they fail.
 func (m *Mutant) play(root string, seeds int) (c caught, err error) {
