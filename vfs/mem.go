@@ -166,15 +166,119 @@ func (m *Mem) Rot(rng *rand.Rand, pick func(name string, off int64, page []byte)
 func (m *Mem) CrashClone(rng *rand.Rand) *Mem {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	return m.crashClone(&drawn{rng: rng})
+}
+
+// CrashEach calls fn with what could be found after a power cut at this moment, for every combination of fates: each creation, renaming and
+// removal, and each change of size, happened or not, and each write was kept, dropped, or torn in the middle, its first or its
+// last part kept. If there are more than most combinations it is most of them, drawn from rng. It ends early if fn returns false, and returns how
+// many there were.
+func (m *Mem) CrashEach(most int, rng *rand.Rand, fn func(*Mem) bool) (n int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	fates := &listed{rng: rng}
+	m.crashClone(fates) // counts them
+	all := 1
+	for _, k := range fates.of {
+		if all *= k; all > most {
+			break
+		}
+	}
+	for more := true; more && n < most; {
+		if all > most {
+			for i, k := range fates.of {
+				fates.is[i] = rng.IntN(k)
+			}
+		}
+		fates.next = 0
+		c := m.crashClone(fates)
+		n++
+		m.mu.Unlock() // fn may do as it likes
+		more = fn(c)
+		m.mu.Lock()
+		more = more && fates.advance()
+	}
+	return n
+}
+
+// fates decides what becomes of unsynced changes.
+type fates interface {
+	file()               // the next ones are of another file
+	happened() bool      // a change of a name or a size
+	write(op fileOp) int // 0: dropped, 1: kept, 2: torn; 3 and 4: the first, the last part is kept
+	rand() *rand.Rand
+}
+
+// drawn are fates drawn at random.
+type drawn struct {
+	rng  *rand.Rand
+	keep float64
+}
+
+// A mood for the file as a whole makes "all of it", "nothing of it" and "all but one" likely.
+func (d *drawn) file()            { d.keep = [...]float64{0, 0.1, 0.5, 0.9, 1}[d.rng.IntN(5)] }
+func (d *drawn) happened() bool   { return d.rng.Float64() < d.keep }
+func (d *drawn) rand() *rand.Rand { return d.rng }
+func (d *drawn) write(fileOp) int {
+	switch {
+	case d.rng.Float64() < d.keep:
+		return 1
+	case d.rng.Float64() < d.keep:
+		return 2
+	}
+	return 0
+}
+
+// listed are fates one after another as they are given; asked for more, it makes room.
+type listed struct {
+	rng  *rand.Rand
+	is   []int
+	of   []int // how many possibilities each has
+	next int
+}
+
+func (l *listed) choose(k int) int {
+	if l.next == len(l.is) {
+		l.is, l.of = append(l.is, 0), append(l.of, k)
+	}
+	l.next++
+	return l.is[l.next-1] % k // which file is asked about may follow from what was decided before
+}
+
+// advance goes on to the next combination; false if that was the last.
+func (l *listed) advance() bool {
+	for i := range l.is {
+		if l.is[i]++; l.is[i] < l.of[i] {
+			return true
+		}
+		l.is[i] = 0
+	}
+	return false
+}
+
+func (l *listed) file()            {}
+func (l *listed) happened() bool   { return l.choose(2) == 1 }
+func (l *listed) rand() *rand.Rand { return l.rng }
+func (l *listed) write(op fileOp) int {
+	if op.n <= sectorSize {
+		return l.choose(2) // a sector is not torn
+	}
+	return [...]int{0, 1, 3, 4}[l.choose(4)]
+}
+
+func (m *Mem) crashClone(d fates) *Mem {
+	rng := d.rand()
 	c := NewMem(rng.Uint64())
 	c.capacity, c.coldReads, c.slowSyncs, c.slowSyncIs, c.byteTears = m.capacity, m.coldReads, m.slowSyncs, m.slowSyncIs, m.byteTears
 
 	tree := maps.Clone(m.durable)
+	if x, ok := d.(*drawn); ok {
+		x.keep = 0.5
+	}
 	for _, op := range m.pending {
-		if rng.IntN(2) == 0 {
-			continue
+		if d.happened() {
+			applyDirOp(tree, op)
 		}
-		applyDirOp(tree, op)
 	}
 	clones := map[*memNode]*memNode{}
 	for _, name := range slices.Sorted(maps.Keys(tree)) { // parents sort before what is in them
@@ -183,7 +287,7 @@ func (m *Mem) CrashClone(rng *rand.Rand) *Mem {
 		}
 		n := clones[tree[name]]
 		if n == nil {
-			n = tree[name].crash(rng, m.byteTears)
+			n = tree[name].crash(d, m.byteTears)
 			clones[tree[name]] = n
 			c.used += n.seen.size
 		}
@@ -194,39 +298,51 @@ func (m *Mem) CrashClone(rng *rand.Rand) *Mem {
 	return c
 }
 
-// crash draws what is left of a node.
-func (n *memNode) crash(rng *rand.Rand, byteTears bool) *memNode {
+// crash decides what is left of a node.
+func (n *memNode) crash(d fates, byteTears bool) *memNode {
 	img := image{n.durable.size, maps.Clone(n.durable.pages)}
-	// A mood for the file as a whole makes "all of it", "nothing of it" and "all but one" likely.
-	keep := [...]float64{0, 0.1, 0.5, 0.9, 1}[rng.IntN(5)]
+	d.file()
 	for _, op := range n.pending {
-		switch {
-		case op.resize:
-			if rng.Float64() < keep {
+		if op.resize {
+			if d.happened() {
 				img.resize(op.n, n.durable.pages)
 			}
-		case rng.Float64() < keep:
+			continue
+		}
+		half := op.n / 2 / sectorSize * sectorSize
+		if half == 0 {
+			half = op.n / 2
+		}
+		switch d.write(op) {
+		case 1:
 			img.write(op.off, op.n, op.data, n.durable.pages)
-		case rng.Float64() < keep:
-			img.writeTorn(op, n.durable.pages, rng, byteTears)
+		case 2:
+			img.writeTorn(op, n.durable.pages, d.rand(), byteTears)
+		case 3:
+			img.writePart(op, op.off, op.off+half, n.durable.pages)
+		case 4:
+			img.writePart(op, op.off+half, op.off+op.n, n.durable.pages)
 		}
 	}
 	return &memNode{dir: n.dir, seen: image{img.size, maps.Clone(img.pages)}, durable: img}
 }
 
+// writePart applies what a write does between two places.
+func (i *image) writePart(op fileOp, from, to int64, shared map[int64]*page) {
+	from, to = max(from, op.off), min(to, op.off+op.n)
+	if from >= to {
+		return
+	}
+	var b []byte
+	if op.data != nil {
+		b = op.data[from-op.off : to-op.off]
+	}
+	i.write(from, to-from, b, shared)
+}
+
 // writeTorn applies a part of a write: a prefix, a suffix, or any selection of sectors.
 func (i *image) writeTorn(op fileOp, shared map[int64]*page, rng *rand.Rand, byteTears bool) {
-	part := func(from, to int64) {
-		from, to = max(from, op.off), min(to, op.off+op.n)
-		if from >= to {
-			return
-		}
-		var b []byte
-		if op.data != nil {
-			b = op.data[from-op.off : to-op.off]
-		}
-		i.write(from, to-from, b, shared)
-	}
+	part := func(from, to int64) { i.writePart(op, from, to, shared) }
 	end := op.off + op.n
 	cut := op.off + rng.Int64N(op.n+1)
 	if !byteTears {
@@ -786,6 +902,8 @@ func (f *memFile) Truncate(size int64) error {
 	f.n.pending = append(f.n.pending, fileOp{resize: true, n: size})
 	return nil
 }
+
+func (f *memFile) Descriptor(int64, int) int { return -1 }
 
 func (f *memFile) Size() (int64, error) {
 	if err := f.enter("stat"); err != nil {

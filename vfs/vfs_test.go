@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math/rand/v2"
 	"slices"
@@ -448,5 +449,49 @@ func TestMemRot(t *testing.T) {
 	}
 	if _, err := g.ReadAt(b[:2*4096], 0); err != nil || !bytes.Equal(b[:2*4096], old[:2*4096]) {
 		t.Fatal("a clone was damaged, too")
+	}
+}
+
+// Every fate of two unsynced writes and a new name, each once.
+func TestMemCrashEach(t *testing.T) {
+	m := vfs.NewMem(1)
+	f, err := m.Create("a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(f.Datasync(), m.SyncDir(".")); err != nil {
+		t.Fatal(err)
+	}
+	for i, n := range []int{4096, 512} {
+		if _, err := f.WriteAt(bytes.Repeat([]byte{byte(i + 1)}, n), int64(i)*4096); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := m.Create("b"); err != nil {
+		t.Fatal(err)
+	}
+	found := map[string]int{}
+	rng := rand.New(rand.NewPCG(1, 1))
+	n := m.CrashEach(100, rng, func(c *vfs.Mem) bool {
+		g, err := c.Open("a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := make([]byte, 8192)
+		if _, err := g.ReadAt(b, 0); err != nil && err != io.EOF {
+			t.Fatal(err)
+		}
+		_, err = c.Open("b")
+		found[fmt.Sprint(b[0], b[4095], b[4096], err == nil)]++
+		return true
+	})
+	if n != 4*2*2 || len(found) != n {
+		t.Fatalf("%d combinations, %d different: %v", n, len(found), found)
+	}
+	if n := m.CrashEach(5, rng, func(*vfs.Mem) bool { return true }); n != 5 {
+		t.Fatalf("%d of 5", n)
+	}
+	if n := m.CrashEach(5, rng, func(*vfs.Mem) bool { return false }); n != 1 {
+		t.Fatalf("%d of 1", n)
 	}
 }
