@@ -23,7 +23,7 @@ func TestWriterKilled(t *testing.T) {
 	b := forced
 	conn := dial(t, b.export(volume), startLimit)
 	var slowest, waited time.Duration
-	undone, n := uint64(0), rounds(t, 50, 200)
+	undone, n := uint64(0), rounds(t, 30, 200)
 	for i := range n {
 		stop := w.start(conn)
 		time.Sleep(time.Duration(100+i*37%400) * time.Millisecond)
@@ -65,7 +65,7 @@ func TestWriterKilled(t *testing.T) {
 			slowest = max(slowest, time.Since(began))
 		}
 		w.settle(t, conn, true)
-		_, now, _ := w.counts()
+		now, _, _ := w.counts()
 		undone += last - now
 		t.Logf("round %d: %d writes, %d acknowledged, %d flushed; %d after the attach", i+1, last, acked, flushed, now)
 		if t.Failed() {
@@ -276,7 +276,7 @@ func testCutOffWriter(t *testing.T, pace time.Duration) {
 	w.mu.Unlock()
 	old.waitPrinted(t, 0, knows, fmt.Sprintf(`fenced.*epoch %d`, c.volume(t, volume).Epoch))
 	w.settle(t, second, true)
-	_, now, _ := w.counts()
+	now, _, _ := w.counts()
 	t.Logf("%d writes, %d acknowledged, %d flushed; %d served", last, acked, flushed, now)
 	w.pace = 0
 	for range 3 {

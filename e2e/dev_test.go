@@ -62,7 +62,7 @@ func TestDev(t *testing.T) {
 		c = up("after SIGKILL")
 		last, acked, flushed := w.counts()
 		w.settle(t, c, true)
-		_, now, _ := w.counts()
+		now, _, _ := w.counts()
 		t.Logf("round %d: attached after %v; %d writes, %d acknowledged, %d flushed, %d recovered", i+1, time.Since(began).Round(time.Millisecond), last, acked, flushed, now)
 	}
 	c.Close()

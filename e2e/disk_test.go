@@ -39,7 +39,7 @@ func TestSickDisk(t *testing.T) {
 	w.overwriteAll(t, conn)
 	stop := w.start(conn)
 	s := startStream(t, b.export(volume), 32<<8, 1024, 2*time.Millisecond)
-	hold := 3 * time.Second
+	hold := 2 * time.Second
 	if soaking() {
 		hold = 20 * time.Second
 	}

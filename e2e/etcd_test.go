@@ -11,7 +11,7 @@ import (
 	"github.com/coreos/torus/e2e/nbdclient"
 )
 
-// etcd is not on the path of a read, write or flush: with it away for 30 s (60 s in a long run) under load nothing fails and nobody waits for
+// etcd is not on the path of a read, write or flush: with it away for 20 s (60 s in a long run) under load nothing fails and nobody waits for
 // more than a second; when it is back, checkpoints, leases and peers are as before.
 
 func TestEtcdStopped(t *testing.T) {
@@ -28,7 +28,7 @@ func TestEtcdKilled(t *testing.T) {
 
 func testEtcdAway(t *testing.T, away, back func(*process)) {
 	const limit = time.Second
-	gone := 30 * time.Second
+	gone := 20 * time.Second
 	if soaking() {
 		gone = time.Minute
 	}

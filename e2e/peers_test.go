@@ -123,7 +123,7 @@ func TestPeerLoss(t *testing.T) {
 	} {
 		var worst stall
 		var own time.Duration // the longest that is not the machine's
-		for i := range rounds(t, 6, 50) {
+		for i := range rounds(t, 3, 50) {
 			p := c.peers[i%3]
 			s.look()
 			fault.hurt(p.process)

@@ -56,7 +56,7 @@ func TestPowerLoss(t *testing.T) {
 					w.flush(t, conn)
 					w.mustEqual(t, conn)
 				}
-				_, now, _ := w.counts()
+				now, _, _ := w.counts()
 				t.Logf("power cut %d on %s, client killed: %v: %d writes, %d acknowledged, %d flushed; %d afterwards", round+1, fs, clientToo, last, acked, flushed, now)
 				if flushed == 0 {
 					t.Error("nothing was flushed before the cut")
