@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"sync/atomic"
 	"testing"
@@ -447,7 +448,9 @@ func TestCrashEverywhere(t *testing.T) {
 // Long histories through many power cuts and process kills: each time the store goes on from what was left.
 func TestCrashAgainAndAgain(t *testing.T) {
 	seeds := uint64(30)
-	if testing.Short() {
+	if os.Getenv("TORUS_CRASH") == "all" {
+		seeds = 1000
+	} else if testing.Short() {
 		seeds = 8
 	}
 	cuts, kills := 0, 0
