@@ -44,6 +44,7 @@ type Epoll struct {
 
 	in   inbox
 	pool helpers
+	ring *uring // nil: none to be had
 	stop atomic.Bool
 }
 
@@ -89,6 +90,10 @@ func NewEpoll(log *slog.Logger) (*Epoll, error) {
 		unix.Close(wakefd)
 		return nil, fmt.Errorf("event loop: epoll_ctl: %w", err)
 	}
+	if e.ring, err = newUring(e); err != nil {
+		e.ring = nil
+		log.Debug("reads are left to helper threads", "err", err)
+	}
 	return e, nil
 }
 
@@ -133,6 +138,9 @@ func (e *Epoll) Close() error {
 	}
 	e.in.Unlock()
 	e.pool.close()
+	if e.ring != nil {
+		e.ring.close()
+	}
 	for _, r := range e.slots {
 		if r != nil {
 			r.Close()
@@ -255,7 +263,12 @@ func (e *Epoll) After(d time.Duration, fn func()) *Timer {
 func (e *Epoll) stopTimer(t *Timer) { e.timers.remove(t.index) }
 
 // Offload implements Loop.
-func (e *Epoll) Offload(j Job) { e.pool.run(j) }
+func (e *Epoll) Offload(j Job) {
+	if r, ok := j.(FileRead); ok && e.ring != nil && e.ring.read(r) {
+		return
+	}
+	e.pool.run(j)
+}
 
 // sysmon, the Go scheduler's monitor, takes the P away from a goroutine that it finds in a system call and that has not
 // been scheduled anew for 10 ms, which a busy loop never would be. Thereafter it looks every 20 µs for more to take: a

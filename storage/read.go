@@ -146,6 +146,15 @@ func (d *Disk) offloadRead(r *torus.Request, s uint32) {
 	d.loop.Offload(j)
 }
 
+// FileRead implements loop.FileRead.
+func (j *readJob) FileRead() (fd int, b []byte, off int64) {
+	off = j.place + int64(j.r.Off)
+	if j.r.Op != torus.OpRead || j.d.closed {
+		return -1, nil, 0
+	}
+	return j.f.Descriptor(off, len(j.r.Data)), j.r.Data, off
+}
+
 // Work implements loop.Job.
 func (j *readJob) Work() {
 	if !j.d.enter() {
@@ -187,6 +196,9 @@ func (j *readJob) Done() {
 	}
 	switch r.Op {
 	case torus.OpRead:
+		if d.closed && err == nil {
+			err = torus.ErrClosed // the kernel may have read from what has the descriptor now
+		}
 		d.finishRead(r, err)
 		return
 	case torus.OpAppend:

@@ -204,6 +204,8 @@ func (f *errorFile) Truncate(size int64) error {
 	return f.File.Truncate(size)
 }
 
+func (f *errorFile) Descriptor(int64, int) int { return -1 }
+
 func (f *errorFile) Size() (int64, error) {
 	if err := f.fault(OpSize, 0, 0); err != nil {
 		return 0, err

@@ -139,6 +139,7 @@ type osFile struct {
 
 	directOnce sync.Once
 	directFile *os.File // the same, opened with O_DIRECT; nil where that cannot be
+	directFD   int
 }
 
 // directBytes is the least that is worth reading past the page cache: what is read in such pieces is read once, and copying
@@ -158,12 +159,22 @@ func (f *osFile) ReadAt(b []byte, off int64) (int, error) {
 	return f.f.ReadAt(b, off)
 }
 
+// Descriptor implements File.
+func (f *osFile) Descriptor(off int64, n int) int {
+	if n >= directBytes && (uintptr(off)|uintptr(n))%directAlign == 0 {
+		if d := f.direct(); d != nil {
+			return f.directFD
+		}
+	}
+	return f.fd
+}
+
 const directAlign = 4096
 
 func (f *osFile) direct() *os.File {
 	f.directOnce.Do(func() {
 		if d, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", f.fd), os.O_RDONLY|unix.O_DIRECT, 0); err == nil {
-			f.directFile = d
+			f.directFile, f.directFD = d, int(d.Fd())
 		}
 	})
 	return f.directFile

@@ -58,6 +58,9 @@ type File interface {
 	// Allocate reserves [off, off+n) on the medium and extends the file: ErrNoSpace.
 	Allocate(off, n int64) error
 	Truncate(size int64) error
+	// Descriptor is an open descriptor from which pread(2) does what ReadAt(b, off) does, for b of n bytes, page-aligned if n is a
+	// multiple of the page; below 0 if there is none. It is closed with the file.
+	Descriptor(off int64, n int) int
 	Size() (int64, error)
 	Close() error
 }
