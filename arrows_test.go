@@ -30,6 +30,7 @@ var arrows = map[string]string{
 	"storage":                  ". buf loop record vfs",
 	"peer":                     ". loop record vfs",
 	"distributor":              ". models loop",
+	"peer/repair":              ". models loop record distributor file",
 	"file":                     ". models buf loop record device distributor",
 	"block":                    ". models loop blockset device distributor file",
 	"nbd":                      "buf loop transport device",

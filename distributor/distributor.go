@@ -170,8 +170,8 @@ func (d *Distributor) Alive(p torus.PeerID) bool {
 	return x != nil && x.alive
 }
 
-// gone reports whether p is not in the directory: nobody need wait for it.
-func (d *Distributor) gone(p torus.PeerID) bool { return d.heard && d.peers[p] == nil }
+// Known reports whether p may come back: it is in the directory, or that has not been heard of yet.
+func (d *Distributor) Known(p torus.PeerID) bool { return !d.heard || d.peers[p] != nil }
 
 // Usable reports whether p may be given a new block: healthy and not full.
 func (d *Distributor) Usable(p torus.PeerID) bool {

@@ -94,7 +94,7 @@ func (r *Read) next() {
 		p := r.at(r.tried)
 		r.tried++
 		if !r.d.Healthy(p) {
-			r.down = r.down || !r.d.gone(p)
+			r.down = r.down || r.d.Known(p)
 			continue
 		}
 		r.req.Op, r.req.Ref, r.req.Off, r.req.Len = torus.OpRead, r.Ref, r.Off, uint32(len(r.Data))
