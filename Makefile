@@ -14,7 +14,7 @@ GUEST_KERNEL = bin/guest-kernel
 # What the tests and the README call besides Go.
 TOOLS = fio nbdkit libnbd-bin qemu-utils qemu-block-extra nbd-client fuse3 xfsprogs e2fsprogs iproute2 iptables postgresql sqlite3 qemu-system-x86 busybox-static
 
-.PHONY: build run test race lint sim bench bench-compare bench-go e2e soak setup clean
+.PHONY: build run test race lint sim mutants crash bench bench-compare bench-go e2e soak setup clean
 
 build:
 	mkdir -p bin
@@ -58,7 +58,15 @@ bench-go:
 # Simulated clusters: one seed again with TORUS_SEED=n go test ./sim -run TestSeeds -v
 SEEDS ?= 1000
 sim:
-	TORUS_SEEDS=$(SEEDS) go test $(TESTFLAGS) -count 1 -timeout 120m -run TestSeeds ./sim
+	TORUS_SEEDS=$(SEEDS) go test $(TESTFLAGS) -count 1 -timeout 120m -v -run TestSeeds ./sim
+
+# The product broken on purpose, rule by rule; each must be caught (docs/testing.md). Some: make mutants MUTANTFLAGS='-run fence'
+mutants:
+	go run ./sim/mutants $(MUTANTFLAGS)
+
+# Stores cut off from power at every point of every small workload, and 1,000 long ones.
+crash:
+	TORUS_CRASH=all go test $(TESTFLAGS) -count 1 -timeout 120m -v -run TestCrash ./storage
 
 # Clusters of real processes under real clients.
 e2e: build $(GUEST_KERNEL)

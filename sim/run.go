@@ -120,6 +120,20 @@ func Play(seed uint64, log *slog.Logger) (r *Run, err error) {
 		}
 		r.vols = append(r.vols, v)
 	}
+	// After every transaction: it may have moved a head, or a window.
+	eye := c.MDS.Client()
+	type version struct{ txn, epoch uint64 }
+	seen := make([]version, len(r.vols))
+	eye.OnChange(func() {
+		for i, v := range r.vols {
+			id := torus.VolumeID(v.info.Id)
+			st := c.MDS.Peek(id)
+			if now := (version{st.GetTxn(), st.GetEpoch()}); now != seen[i] {
+				seen[i] = now
+				c.Witness.Committed(id)
+			}
+		}
+	})
 	return r, r.play()
 }
 

@@ -114,6 +114,11 @@ func (s *session) judge(img []byte, err error) {
 	s.w.Acked = func(page uint64, b []byte) error {
 		return r.Witness.Acked(torus.VolumeID(v.info.Id), epoch, page, b)
 	}
+	s.w.Flushed = func() func() error {
+		id := torus.VolumeID(v.info.Id)
+		seq := r.Witness.upTo(id, epoch)
+		return func() error { return r.Witness.Flushed(id, epoch, seq) }
+	}
 	v.cur = s
 }
 

@@ -16,23 +16,41 @@ import (
 //   - D2: at one place of one block there is never but one record, on any replica, at any time.
 //   - F1: when a write is acknowledged every peer of the registered set of one block holds it.
 //   - W1: nothing is appended to a block of the log that is not registered.
+//   - D1: when a flush is acknowledged, or a head committed, the whole set of some block has made durable each record that it covers; and as long as
+//     neither is, the window has each acknowledged record in a block that counts.
 //   - P1: blocks are on the peers where the ring, as anybody can read it, puts them.
 type Witness struct {
 	c    *Cluster
 	recs map[torus.BlockRef][]*sighting
 	page map[pageKey][]pageSighting
-	hdr  record.Header
-	fail func(error)
+	seqs map[seqKey][]*sighting
+	// synced is how much of a block each peer has said to be durable, by its index.
+	synced map[torus.BlockRef]*[maxPeers]uint32
+	acked  map[torus.VolumeID]ackedUpTo
+	heads  map[torus.VolumeID]uint64 // sequence number that the head covers
+	hdr    record.Header
+	fail   func(error)
 }
+
+// maxPeers is how many peers a cluster may have in all.
+const maxPeers = 32
+
+type seqKey struct {
+	volume torus.VolumeID
+	seq    uint64
+}
+
+// ackedUpTo is the highest record of an epoch of which a write has been acknowledged.
+type ackedUpTo struct{ epoch, seq uint64 }
 
 // sighting is a record that was accepted.
 type sighting struct {
 	ref          torus.BlockRef
 	off, end     uint32
 	seq, flushed uint64
-	sum          uint32     // of its header, which has those of its pages
-	by           uint32     // one bit a peer that has accepted it
-	powers       [32]uint16 // how often each had lost power by then
+	sum          uint32           // of its header, which has those of its pages
+	by           uint32           // one bit a peer that has accepted it
+	powers       [maxPeers]uint16 // how often each had lost power by then
 }
 
 type pageKey struct {
@@ -46,7 +64,11 @@ type pageSighting struct {
 }
 
 func newWitness(c *Cluster) *Witness {
-	return &Witness{c: c, recs: map[torus.BlockRef][]*sighting{}, page: map[pageKey][]pageSighting{}, fail: func(error) {}}
+	return &Witness{
+		c: c, recs: map[torus.BlockRef][]*sighting{}, page: map[pageKey][]pageSighting{}, seqs: map[seqKey][]*sighting{},
+		synced: map[torus.BlockRef]*[maxPeers]uint32{}, acked: map[torus.VolumeID]ackedUpTo{}, heads: map[torus.VolumeID]uint64{},
+		fail: func(error) {},
+	}
 }
 
 // watched is a peer's service under the eyes of the witness.
@@ -58,17 +80,38 @@ type watched struct {
 
 // Submit implements torus.BlockStore.
 func (s *watched) Submit(r *torus.Request) {
-	if r.Op == torus.OpAppend || r.Op == torus.OpDelete {
+	switch r.Op {
+	case torus.OpAppend, torus.OpSync, torus.OpSeal, torus.OpPut:
 		done := r.Done
 		r.Done = func(r *torus.Request) {
 			r.Done = done
-			if r.Err == nil && r.Op == torus.OpAppend {
-				s.w.accepted(s.p, r)
+			if r.Err == nil {
+				s.w.answered(s.p, r)
 			}
 			done(r)
 		}
 	}
 	s.BlockStore.Submit(r)
+}
+
+// answered takes a success of a peer.
+func (w *Witness) answered(p *Peer, r *torus.Request) {
+	durable := r.Len
+	switch r.Op {
+	case torus.OpAppend:
+		w.placed(p, r.Ref)
+		w.accepted(p, r)
+		return
+	case torus.OpPut:
+		w.accepted(p, r)
+		durable = uint32(len(r.Data))
+	}
+	l := w.synced[r.Ref]
+	if l == nil {
+		l = new([maxPeers]uint32)
+		w.synced[r.Ref] = l
+	}
+	l[p.index] = max(l[p.index], durable)
 }
 
 func (w *Witness) find(ref torus.BlockRef, off uint32) *sighting {
@@ -82,7 +125,6 @@ func (w *Witness) find(ref torus.BlockRef, off uint32) *sighting {
 
 // accepted notes the records of an append.
 func (w *Witness) accepted(p *Peer, r *torus.Request) {
-	w.placed(p, r.Ref)
 	for at := 0; at < len(r.Data); {
 		h := &w.hdr
 		if err := h.Decode(r.Data[at:]); err != nil {
@@ -117,6 +159,7 @@ func (w *Witness) insert(s *sighting, h *record.Header) {
 	if s.ref.Type != torus.TypeBlock {
 		return
 	}
+	w.seqs[seqKey{s.ref.Volume, s.seq}] = append(w.seqs[seqKey{s.ref.Volume, s.seq}], s)
 	k := 0
 	for _, x := range h.Extents {
 		if !x.Kind.HasPages() {
@@ -191,6 +234,7 @@ func (w *Witness) Acked(volume torus.VolumeID, epoch, page uint64, b []byte) err
 			}
 		}
 		if n == len(set) && n > 0 {
+			w.acked[volume] = ackedUpTo{epoch, max(s.seq, w.upTo(volume, epoch))}
 			return nil
 		}
 		best, want = max(best, n), len(set)
@@ -205,4 +249,72 @@ func (w *Witness) holds(p *Peer, s *sighting) bool {
 	}
 	t, known := p.tail(s.ref)
 	return !known || t.Length >= s.end
+}
+
+// upTo is the highest record of epoch that is known to be acknowledged.
+func (w *Witness) upTo(volume torus.VolumeID, epoch uint64) uint64 {
+	if a := w.acked[volume]; a.epoch == epoch {
+		return a.seq
+	}
+	return 0
+}
+
+// whole reports whether every peer of a set, or as many as there must be if that is not known, has a record, durably if it must be.
+func (w *Witness) whole(s *sighting, set torus.PeerList, durable bool) bool {
+	has := func(p *Peer) bool {
+		if durable {
+			l := w.synced[s.ref]
+			return l != nil && l[p.index] >= s.end
+		}
+		return s.by&(1<<p.index) != 0
+	}
+	n := 0
+	for _, p := range w.c.Peers {
+		if has(p) && (set == nil || slices.Contains(set, p.ID)) {
+			n++
+		}
+	}
+	return n >= w.c.opt.Replication && n >= len(set)
+}
+
+// Flushed checks that all records up to seq, which epoch had acknowledged when a flush began, are durable.
+func (w *Witness) Flushed(volume torus.VolumeID, epoch, seq uint64) error {
+	st := w.c.MDS.Peek(volume)
+	if st.GetOpen().GetEpoch() != epoch {
+		return nil // its window is gone
+	}
+	for n := st.GetHead().GetSeq() + 1; n <= seq; n++ {
+		if !slices.ContainsFunc(w.seqs[seqKey{volume, n}], func(s *sighting) bool {
+			set, _ := w.registered(st, s.ref)
+			return set != nil && w.whole(s, set, true)
+		}) {
+			return violated("D1", "epoch %d acknowledged a flush, and record %d is not durable on the whole set of any block", epoch, n)
+		}
+	}
+	return nil
+}
+
+// Committed looks at a volume's state after a transaction: whether what the head covers is durable, and whether what it does not cover and
+// has been acknowledged is still within the window.
+func (w *Witness) Committed(volume torus.VolumeID) {
+	st := w.c.MDS.Peek(volume)
+	head := st.GetHead().GetSeq()
+	for n := w.heads[volume] + 1; n <= head; n++ {
+		if !slices.ContainsFunc(w.seqs[seqKey{volume, n}], func(s *sighting) bool { return w.whole(s, nil, true) }) {
+			w.fail(violated("D1", "the head of epoch %d covers record %d, which is not durable in %d copies of any block", st.GetHead().GetEpoch(), n, w.c.opt.Replication))
+		}
+	}
+	w.heads[volume] = max(head, w.heads[volume])
+	if st.GetOpen() == nil {
+		return
+	}
+	epoch := st.Open.Epoch
+	for n := head + 1; n <= w.upTo(volume, epoch); n++ {
+		if !slices.ContainsFunc(w.seqs[seqKey{volume, n}], func(s *sighting) bool {
+			set, _ := w.registered(st, s.ref)
+			return set != nil && w.whole(s, set, false)
+		}) {
+			w.fail(violated("W1", "record %d of epoch %d was acknowledged, is not under the head, and in no block of the window %d copies have it", n, epoch, w.c.opt.Replication))
+		}
+	}
 }

@@ -25,6 +25,8 @@ type Writer struct {
 	Most int
 	// Acked, if set, is told of every write of data that is acknowledged.
 	Acked func(page uint64, stamped []byte) error
+	// Flushed, if set, is asked when a flush begins, and what it returns when the flush is acknowledged.
+	Flushed func() func() error
 	// Over: a newer attach has decided what there is.
 	Over bool
 	// Err is the first violation.
@@ -202,6 +204,7 @@ func (s *submitted) done() {
 // Flush submits a flush.
 func (w *Writer) Flush() {
 	target := uint64(0)
+	var durable func() error
 	q := &device.Request{Op: device.Flush}
 	w.Flushing++
 	q.Done = func(q *device.Request) {
@@ -210,6 +213,11 @@ func (w *Writer) Flush() {
 		case q.Err != nil:
 		case !w.Over:
 			w.H.Flush(target)
+			if durable != nil {
+				if err := durable(); err != nil {
+					w.fail(err)
+				}
+			}
 		case target > w.H.Decided():
 			w.fail(violated("D1", "epoch %d acknowledged a flush of write %d, and a newer attach has decided that the history ends at %d", w.File.Epoch(), target, w.H.Decided()))
 		}
@@ -218,6 +226,9 @@ func (w *Writer) Flush() {
 	w.Loop.Post(func() {
 		if !over && !w.Over {
 			target = w.H.Acked()
+			if w.Flushed != nil {
+				durable = w.Flushed()
+			}
 		}
 		w.File.Submit(q)
 	})

@@ -40,8 +40,8 @@ var mutants = []Mutant{
 		Edits: []Edit{{"b.stored, b.synced = min(b.stored, r.stored), min(b.synced, r.synced)", "b.synced = min(b.synced, r.synced)"}},
 	},
 	{
-		Name: "flush-r-minus-1", Rule: "a flush is acknowledged when one replica has synced", File: "file/send.go",
-		Edits: []Edit{{"b.stored, b.synced = min(b.stored, r.stored), min(b.synced, r.synced)", "b.stored = min(b.stored, r.stored)"}},
+		Name: "flush-r-minus-1", Rule: "a flush is acknowledged when one replica has synced", File: "file/flush.go",
+		Edits: []Edit{{"			if b.replicas[i].synced >= n {", "			if i > 0 {\n				b.replicas[i].synced = n\n			}\n			if b.replicas[i].synced >= n {"}},
 	},
 	{
 		Name: "ack-out-of-order", Rule: "a write is acknowledged while a lower one is in flight in another block", File: "file/ack.go",
@@ -49,7 +49,8 @@ var mutants = []Mutant{
 	},
 	{
 		Name: "roll-keeps-held", Rule: "after a replica failed, what was acknowledged in its block is not sent again", File: "file/send.go",
-		Edits: []Edit{{"	f.sent, f.held = min(f.sent, from-1), min(f.held, from-1)\n", "	f.sent = max(min(f.sent, from-1), f.held)\n"}},
+		Edits: []Edit{{"	from := f.flushed + 1\n	for from <= f.sent", "	from := f.held + 1\n	for from <= f.sent"}},
+		More:  map[string][]Edit{"file/flush.go": {{"		if r.end() > r.blk.synced {\n			break", "		if r.end() > r.blk.synced && !r.blk.dead {\n			break"}}},
 	},
 
 	// Flushes.

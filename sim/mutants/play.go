@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,6 +19,7 @@ type Mutant struct {
 	Rule  string // what is broken
 	File  string // product source, from the root of the module
 	Edits []Edit
+	More  map[string][]Edit // of other files
 	// Harmless says, for a mutant that nothing can catch, why it cannot do harm.
 	Harmless string
 	// Package and Test are what must fail; the simulator's schedules if empty.
@@ -81,6 +83,11 @@ func (m *Mutant) play(root string, seeds int) (c caught, err error) {
 		c.seed, c.checker, c.what = string(x[1]), string(x[2]), string(x[3])
 		return c, nil
 	}
+	if i := bytes.Index(out, []byte("fatal error: ")); i >= 0 { // such as a stack that has no end
+		c.seed, c.checker = "-", "crash"
+		c.what, _, _ = strings.Cut(string(out[i:]), "\n")
+		return c, nil
+	}
 	if m.Package != "" {
 		for line := range strings.Lines(string(out)) {
 			if f := strings.Fields(line); len(f) > 2 && f[0] == "---" && f[1] == "FAIL:" {
@@ -92,24 +99,29 @@ func (m *Mutant) play(root string, seeds int) (c caught, err error) {
 	return c, fmt.Errorf("the test failed, but not by a checker:\n%s", out[max(0, len(out)-4000):])
 }
 
-// overlay writes the mutated file and the description of it for the compiler.
+// overlay writes the mutated files and the description of them for the compiler.
 func (m *Mutant) overlay(root, dir string) (string, error) {
-	path := filepath.Join(root, m.File)
-	src, err := os.ReadFile(path)
-	if err != nil {
-		return "", err
-	}
-	for _, e := range m.Edits {
-		if n := bytes.Count(src, []byte(e.Old)); n != 1 {
-			return "", fmt.Errorf("%s has the text to replace %d times, not once; mend the mutant:\n%s", m.File, n, e.Old)
+	replace := map[string]string{}
+	files := map[string][]Edit{m.File: m.Edits}
+	maps.Copy(files, m.More)
+	for file, edits := range files {
+		path := filepath.Join(root, file)
+		src, err := os.ReadFile(path)
+		if err != nil {
+			return "", err
 		}
-		src = bytes.Replace(src, []byte(e.Old), []byte(e.New), 1)
+		for _, e := range edits {
+			if n := bytes.Count(src, []byte(e.Old)); n != 1 {
+				return "", fmt.Errorf("%s has the text to replace %d times, not once; mend the mutant:\n%s", file, n, e.Old)
+			}
+			src = bytes.Replace(src, []byte(e.Old), []byte(e.New), 1)
+		}
+		replace[path] = filepath.Join(dir, filepath.Base(file))
+		if err := os.WriteFile(replace[path], src, 0o600); err != nil {
+			return "", err
+		}
 	}
-	mutated := filepath.Join(dir, filepath.Base(m.File))
-	if err := os.WriteFile(mutated, src, 0o600); err != nil {
-		return "", err
-	}
-	b, err := json.Marshal(map[string]map[string]string{"Replace": {path: mutated}})
+	b, err := json.Marshal(map[string]map[string]string{"Replace": replace})
 	if err != nil {
 		return "", err
 	}
