@@ -24,8 +24,8 @@ type uring struct {
 	e   *Epoll
 	reg *Registration
 
-	sq, cq, sqes             []byte // mapped
-	sqHead, sqTail           *uint32
+	sq, sqes                 []byte // mapped
+	sqTail                   *uint32
 	cqHead, cqTail           *uint32
 	sqArray                  []uint32
 	cqEntries                []uringCQE
@@ -114,7 +114,7 @@ func newUring(e *Epoll) (_ *uring, err error) {
 		return nil, fmt.Errorf("io_uring: mmap: %w", err)
 	}
 	at := func(off uint32) *uint32 { return (*uint32)(unsafe.Pointer(&u.sq[off])) }
-	u.sqHead, u.sqTail, u.cqHead, u.cqTail = at(p.sqOff.head), at(p.sqOff.tail), at(p.cqOff.head), at(p.cqOff.tail)
+	u.sqTail, u.cqHead, u.cqTail = at(p.sqOff.tail), at(p.cqOff.head), at(p.cqOff.tail)
 	u.sqMask, u.cqMask = *at(p.sqOff.ringMask), *at(p.cqOff.ringMask)
 	u.sqArray = unsafe.Slice(at(p.sqOff.array), p.sqEntries)
 	u.cqEntries = unsafe.Slice((*uringCQE)(unsafe.Pointer(&u.sq[p.cqOff.cqes])), p.cqEntries)
