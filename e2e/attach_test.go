@@ -23,7 +23,7 @@ func TestWriterKilled(t *testing.T) {
 	b := forced
 	conn := dial(t, b.export(volume), startLimit)
 	var slowest, waited time.Duration
-	undone, n := uint64(0), rounds(t, 30, 200)
+	undone, n := uint64(0), rounds(t, 24, 200)
 	for i := range n {
 		stop := w.start(conn)
 		time.Sleep(time.Duration(100+i*37%400) * time.Millisecond)
@@ -50,7 +50,7 @@ func TestWriterKilled(t *testing.T) {
 		conn.Close()
 		last, acked, flushed := w.counts()
 		b.serve(t)
-		if i%24 == 6 {
+		if i%20 == 6 {
 			// Without --force the attach has to wait for the lease of the one that was killed, and no longer.
 			b = plain
 			if !plain.alive() {

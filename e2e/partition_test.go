@@ -176,7 +176,6 @@ func partitions(t *testing.T) (all []partition) {
 	pick := func(a, b string) partition { return partition{[]cut{{a, b}}, hold} }
 	return []partition{
 		all[1<<len(peers)-1], pick(clientNode, peerName(0)), pick(peerName(1), clientNode), pick(etcdNode, clientNode), special[1],
-		special[len(special)-1],
 	}
 }
 

@@ -69,14 +69,13 @@ func TestPowerLoss(t *testing.T) {
 			t.Logf("POWER %d cuts on %s: nothing flushed was lost", n, fs)
 		})
 	}
+	if soaking() { // three boots more
+		t.Run("lying disk", testLyingDisk)
+	}
 }
 
-// A disk that lies about flushes: what was flushed is gone after the cut, and the test notices.
-func TestControlLyingDisk(t *testing.T) {
-	if !soaking() {
-		t.Log("three boots; in a long run only")
-		return
-	}
+// The control: a disk that lies about flushes. What was flushed is gone after the cut, and that is noticed.
+func testLyingDisk(t *testing.T) {
 	c, g := guestCluster(t, "ext4")
 	volume := c.newVolume(t, "256MiB")
 	b := c.newBlk(t, "--force")
