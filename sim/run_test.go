@@ -15,9 +15,6 @@ import (
 	"time"
 )
 
-// seeds is how many schedules are played unless TORUS_SEEDS says otherwise.
-const seeds = 1000
-
 func number(t *testing.T, name string, otherwise uint64) uint64 {
 	s := os.Getenv(name)
 	if s == "" {

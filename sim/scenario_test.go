@@ -1,12 +1,17 @@
 package sim
 
 import (
+	"bytes"
+	"context"
+	"errors"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/coreos/torus"
 	"github.com/coreos/torus/device"
 	"github.com/coreos/torus/file"
+	"github.com/coreos/torus/metadata/temp"
 	"github.com/coreos/torus/vfs"
 )
 
@@ -88,4 +93,147 @@ func TestFailedDiskDoesNotFillTheOthers(t *testing.T) {
 	if n := s.blocks() - before; n > 40 {
 		t.Fatalf("400 writes took %d blocks, %d rolls", n, s.f.Stats().Rolls)
 	}
+}
+
+// attach attaches the volume by another process.
+func (s *scene) attach(name string, force bool) (*Client, *file.File, error) {
+	s.t.Helper()
+	v, err := s.admin.Volume(s.t.Context(), "v")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	var f *file.File
+	over := false
+	cl := s.NewClient(name)
+	cl.Attach(v, func(c *file.Config) { c.Force = force }, func(got *file.File, e error) { f, err, over = got, e, true })
+	if !s.V.Run(func() bool { return over }, time.Minute) {
+		s.t.Fatal("attach: still not done")
+	}
+	return cl, f, err
+}
+
+func (s *scene) page(b byte) []byte { return bytes.Repeat([]byte{b}, PageSize) }
+
+// expect reads page 0 through cl.
+func (s *scene) expect(cl *Client, f *file.File, want byte) {
+	s.t.Helper()
+	q := &device.Request{Op: device.Read, Len: PageSize, Data: make([]byte, PageSize)}
+	if err := cl.Do(f, q, time.Minute); err != nil || !bytes.Equal(q.Data, s.page(want)) {
+		s.t.Fatalf("read %d, want %d: %v", q.Data[0], want, err)
+	}
+}
+
+// A writer is cut off from the metadata service for so long that its lease expires. Somebody else attaches, without force. From then on
+// not one of its writes may be acknowledged, though it reaches every peer, and it must say why (L1; coreos/torus issue 230).
+func TestLeaseExpiresUnderPartition(t *testing.T) {
+	s := newScene(t, Options{Peers: 3, Replication: 2, BlockSize: 256 << 10, PeerBytes: 64 << 20})
+	s.must(&device.Request{Op: device.Write, Data: s.page(1)})
+	if _, _, err := s.attach("early", false); !errors.Is(err, torus.ErrLocked) {
+		t.Fatalf("attached while the holder lives: %v", err)
+	}
+	s.cl.MDS.SetFaults(func(context.Context, string) temp.Fault { return temp.FailBefore })
+	s.V.RunFor(leaseTTL + time.Second)
+	s.must(&device.Request{Op: device.Write, Data: s.page(2)}) // nobody else is there yet
+	cl, f, err := s.attach("next", false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.expect(cl, f, 2)
+	err = s.cl.Do(s.f, &device.Request{Op: device.Write, Len: PageSize, Data: s.page(3)}, 2*time.Second)
+	if !errors.Is(err, torus.ErrFenced) || !errors.Is(s.f.Err(), torus.ErrFenced) {
+		t.Fatalf("L1: a write of the one who was overtaken: %v; it says %v", err, s.f.Err())
+	}
+	s.expect(cl, f, 2)
+}
+
+// Every peer is down: a write waits. It succeeds when they are back, not before (F1; coreos/torus issue 250).
+func TestEveryPeerDown(t *testing.T) {
+	s := newScene(t, Options{Peers: 3, Replication: 2, BlockSize: 256 << 10, PeerBytes: 64 << 20})
+	s.must(&device.Request{Op: device.Write, Data: s.page(1), Flags: device.FUA})
+	for _, p := range s.Peers {
+		p.PowerLoss()
+	}
+	done := false
+	q := &device.Request{Op: device.Write, Len: PageSize, Data: s.page(2), Done: func(*device.Request) { done = true }}
+	s.cl.Loop.Post(func() { s.f.Submit(q) })
+	if s.V.Run(func() bool { return done }, 5*time.Minute) {
+		t.Fatalf("F1: a write without a single peer is done: %v", q.Err)
+	}
+	for _, p := range s.Peers {
+		if err := p.Start(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !s.V.Run(func() bool { return done }, 10*time.Second) || q.Err != nil {
+		t.Fatalf("the peers are back, and the write is done: %v, %v", done, q.Err)
+	}
+	s.expect(s.cl, s.f, 2)
+}
+
+// A full cluster says so, harms nothing, and goes on when there is room (coreos/torus issue 401).
+func TestFullClusterSaysSo(t *testing.T) {
+	s := newScene(t, Options{Peers: 2, Replication: 2, BlockSize: 256 << 10, PeerBytes: 64 << 20, SlotsPerFile: 2})
+	s.must(&device.Request{Op: device.Write, Data: s.page(1), Flags: device.FUA})
+	for _, p := range s.Peers {
+		left, size, err := p.FS.Free()
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.FS.SetCapacity(size - left)
+	}
+	var err error
+	for i := 0; i < 2000 && err == nil; i++ {
+		err = s.cl.Do(s.f, &device.Request{Op: device.Write, Off: PageSize * uint64(1+i), Len: PageSize, Data: s.page(9)}, time.Minute)
+	}
+	if !errors.Is(err, device.ErrOutOfSpace) {
+		t.Fatalf("a full cluster says: %v", err)
+	}
+	s.expect(s.cl, s.f, 1)
+	for _, p := range s.Peers {
+		p.FS.SetCapacity(vfs.DefaultMemCapacity)
+	}
+	s.V.RunFor(10 * time.Second)
+	s.must(&device.Request{Op: device.Write, Data: s.page(2), Flags: device.FUA})
+	s.expect(s.cl, s.f, 2)
+}
+
+// A peer whose disk was replaced by an empty one must not come back as if nothing had happened: "I have nothing" would then count as
+// "there was nothing" (D3; KAFKA-14077).
+func TestEmptyDiskIsNotTheOldPeer(t *testing.T) {
+	s := newScene(t, Options{Peers: 3, Replication: 2, BlockSize: 256 << 10, PeerBytes: 64 << 20})
+	s.must(&device.Request{Op: device.Write, Data: s.page(1), Flags: device.FUA})
+	p := s.Peers[0]
+	p.PowerLoss()
+	p.FS = vfs.NewMem(7)
+	if err := p.Start(); err == nil {
+		t.Fatal("a peer with an empty disk started under its old identity")
+	}
+}
+
+// The metadata service is away for a minute: nobody notices; afterwards transactions go on (vitastor issue 20).
+func TestMetadataServiceAwayForAMinute(t *testing.T) {
+	s := newScene(t, Options{Peers: 3, Replication: 2, BlockSize: 256 << 10, PeerBytes: 64 << 20})
+	s.must(&device.Request{Op: device.Write, Data: s.page(1)})
+	away := true
+	s.cl.MDS.SetFaults(func(context.Context, string) temp.Fault {
+		if away {
+			return temp.FailBefore
+		}
+		return temp.None
+	})
+	checkpoints := s.f.Stats().Checkpoints
+	for i := range 60 {
+		began := s.V.Now()
+		s.must(&device.Request{Op: device.Write, Data: s.page(byte(i)), Flags: device.FUA})
+		if took := s.V.Now() - began; took > time.Second {
+			t.Fatalf("a write took %v without the metadata service", took)
+		}
+		s.V.RunFor(time.Second)
+	}
+	away = false
+	s.V.RunFor(time.Minute)
+	if s.f.Err() != nil || s.f.Stats().Checkpoints == checkpoints {
+		t.Fatalf("no checkpoint since the metadata service is back: %v", s.f.Err())
+	}
+	s.expect(s.cl, s.f, 59)
 }

@@ -33,3 +33,26 @@ func TestMutantsApply(t *testing.T) {
 		}
 	}
 }
+
+// A few mutants, one for each kind of checker, at a few seeds each; all of them at many: make mutants.
+func TestMutantsCaught(t *testing.T) {
+	root, err := moduleRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	quick := map[string]bool{"ack-r-minus-1": true, "flush-no-sync": true, "append-unfenced": true, "ckpt-any-epoch": true}
+	if testing.Short() {
+		quick = map[string]bool{"flush-no-sync": true}
+	}
+	for _, m := range mutants {
+		if !quick[m.Name] {
+			continue
+		}
+		c, err := m.play(root, 60)
+		if err != nil || !c.caught {
+			t.Errorf("%s: caught %v, %v (%s)", m.Name, c.caught, err, m.Rule)
+			continue
+		}
+		t.Logf("%s: seed %s, %s: %s", m.Name, c.seed, c.checker, c.what)
+	}
+}

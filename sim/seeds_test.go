@@ -1,0 +1,6 @@
+//go:build !race
+
+package sim
+
+// seeds is how many schedules are played unless TORUS_SEEDS says otherwise.
+const seeds = 1000
