@@ -102,19 +102,24 @@ func (x *Global) GetCreatedUnixMs() int64 {
 
 // Peer is a storage node as it describes itself.
 type Peer struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Uuid          string                 `protobuf:"bytes,1,opt,name=uuid,proto3" json:"uuid,omitempty"`
-	Address       string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"` // tdp://HOST:PORT
-	SizeBytes     uint64                 `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
-	UsedBytes     uint64                 `protobuf:"varint,4,opt,name=used_bytes,json=usedBytes,proto3" json:"used_bytes,omitempty"`
-	Labels        map[string]string      `protobuf:"bytes,5,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // zone, rack, host
-	UpdatedUnixMs int64                  `protobuf:"varint,6,opt,name=updated_unix_ms,json=updatedUnixMs,proto3" json:"updated_unix_ms,omitempty"`
-	Incarnation   uint64                 `protobuf:"varint,7,opt,name=incarnation,proto3" json:"incarnation,omitempty"` // changes with every start of the process
-	Version       string                 `protobuf:"bytes,8,opt,name=version,proto3" json:"version,omitempty"`
-	Alive         bool                   `protobuf:"varint,9,opt,name=alive,proto3" json:"alive,omitempty"` // never stored: filled in from the lease
-	State         string                 `protobuf:"bytes,10,opt,name=state,proto3" json:"state,omitempty"` // "ok", "near-full", "full", "failed"
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Uuid           string                 `protobuf:"bytes,1,opt,name=uuid,proto3" json:"uuid,omitempty"`
+	Address        string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"` // tdp://HOST:PORT
+	SizeBytes      uint64                 `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	UsedBytes      uint64                 `protobuf:"varint,4,opt,name=used_bytes,json=usedBytes,proto3" json:"used_bytes,omitempty"`
+	Labels         map[string]string      `protobuf:"bytes,5,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // zone, rack, host
+	UpdatedUnixMs  int64                  `protobuf:"varint,6,opt,name=updated_unix_ms,json=updatedUnixMs,proto3" json:"updated_unix_ms,omitempty"`
+	Incarnation    uint64                 `protobuf:"varint,7,opt,name=incarnation,proto3" json:"incarnation,omitempty"` // changes with every start of the process
+	Version        string                 `protobuf:"bytes,8,opt,name=version,proto3" json:"version,omitempty"`
+	Alive          bool                   `protobuf:"varint,9,opt,name=alive,proto3" json:"alive,omitempty"`                                          // never stored: filled in from the lease
+	State          string                 `protobuf:"bytes,10,opt,name=state,proto3" json:"state,omitempty"`                                          // "ok", "near-full", "full", "failed"
+	ShortBlocks    uint64                 `protobuf:"varint,11,opt,name=short_blocks,json=shortBlocks,proto3" json:"short_blocks,omitempty"`          // copies it is to hold whole and does not
+	CorruptBlocks  uint64                 `protobuf:"varint,12,opt,name=corrupt_blocks,json=corruptBlocks,proto3" json:"corrupt_blocks,omitempty"`    // of these, damaged ones
+	RepairedBlocks uint64                 `protobuf:"varint,13,opt,name=repaired_blocks,json=repairedBlocks,proto3" json:"repaired_blocks,omitempty"` // made whole since it was started
+	CheckedRing    uint64                 `protobuf:"varint,14,opt,name=checked_ring,json=checkedRing,proto3" json:"checked_ring,omitempty"`          // the ring under which it last looked through all its copies; 0: not since it was started
+	UnknownVolumes uint64                 `protobuf:"varint,15,opt,name=unknown_volumes,json=unknownVolumes,proto3" json:"unknown_volumes,omitempty"` // it cannot look through: their blocks cannot be listed
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Peer) Reset() {
@@ -215,6 +220,41 @@ func (x *Peer) GetState() string {
 		return x.State
 	}
 	return ""
+}
+
+func (x *Peer) GetShortBlocks() uint64 {
+	if x != nil {
+		return x.ShortBlocks
+	}
+	return 0
+}
+
+func (x *Peer) GetCorruptBlocks() uint64 {
+	if x != nil {
+		return x.CorruptBlocks
+	}
+	return 0
+}
+
+func (x *Peer) GetRepairedBlocks() uint64 {
+	if x != nil {
+		return x.RepairedBlocks
+	}
+	return 0
+}
+
+func (x *Peer) GetCheckedRing() uint64 {
+	if x != nil {
+		return x.CheckedRing
+	}
+	return 0
+}
+
+func (x *Peer) GetUnknownVolumes() uint64 {
+	if x != nil {
+		return x.UnknownVolumes
+	}
+	return 0
 }
 
 // RingMember is a peer's place in a ring.
@@ -1102,7 +1142,7 @@ const file_models_torus_proto_rawDesc = "" +
 	"\n" +
 	"block_size\x18\x03 \x01(\x04R\tblockSize\x12,\n" +
 	"\x12default_block_spec\x18\x04 \x01(\tR\x10defaultBlockSpec\x12&\n" +
-	"\x0fcreated_unix_ms\x18\x05 \x01(\x03R\rcreatedUnixMs\"\xef\x02\n" +
+	"\x0fcreated_unix_ms\x18\x05 \x01(\x03R\rcreatedUnixMs\"\xae\x04\n" +
 	"\x04Peer\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x1d\n" +
@@ -1116,7 +1156,12 @@ const file_models_torus_proto_rawDesc = "" +
 	"\aversion\x18\b \x01(\tR\aversion\x12\x14\n" +
 	"\x05alive\x18\t \x01(\bR\x05alive\x12\x14\n" +
 	"\x05state\x18\n" +
-	" \x01(\tR\x05state\x1a9\n" +
+	" \x01(\tR\x05state\x12!\n" +
+	"\fshort_blocks\x18\v \x01(\x04R\vshortBlocks\x12%\n" +
+	"\x0ecorrupt_blocks\x18\f \x01(\x04R\rcorruptBlocks\x12'\n" +
+	"\x0frepaired_blocks\x18\r \x01(\x04R\x0erepairedBlocks\x12!\n" +
+	"\fchecked_ring\x18\x0e \x01(\x04R\vcheckedRing\x12'\n" +
+	"\x0funknown_volumes\x18\x0f \x01(\x04R\x0eunknownVolumes\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xab\x01\n" +

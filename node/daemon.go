@@ -39,7 +39,7 @@ func runDaemon(ctx context.Context, cfg DaemonConfig, stops *stack) error {
 			return err
 		}
 	}
-	ReserveProcs(2)
+	ReserveProcs(3)
 	registry := NewRegistry()
 	RegisterMetadata(registry)
 	ready := newReadiness("waiting for etcd")

@@ -69,7 +69,7 @@ const devTimeout = time.Minute
 func StartDev(ctx context.Context, cfg DevConfig) (_ *Dev, err error) {
 	ctx, cancel := context.WithTimeout(ctx, devTimeout)
 	defer cancel()
-	ReserveProcs(cfg.Nodes + 1)
+	ReserveProcs(2*cfg.Nodes + 1)
 	d := &Dev{cfg: cfg}
 	defer func() {
 		if err != nil {

@@ -9,6 +9,7 @@ import (
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/models"
+	"github.com/coreos/torus/peer/repair"
 )
 
 const (
@@ -45,10 +46,11 @@ func stateOf(s torus.StoreStats) string {
 // heartbeat keeps a peer registered in the MDS: its record, and the lease that says it is alive. A lost
 // lease is replaced, however long the MDS was away (coreos/torus 252).
 type heartbeat struct {
-	mds   torus.MetadataService
-	stats func() torus.StoreStats
-	peer  *models.Peer // the heartbeat's own
-	log   *slog.Logger
+	mds     torus.MetadataService
+	stats   func() torus.StoreStats
+	repairs func() repair.Stats
+	peer    *models.Peer // the heartbeat's own
+	log     *slog.Logger
 
 	lease torus.LeaseID
 	alive atomic.Bool // the last sign of life was taken
@@ -83,6 +85,7 @@ func (h *heartbeat) beat(ctx context.Context) error {
 		h.peer.State = state
 	}
 	h.peer.SizeBytes, h.peer.UsedBytes, h.peer.UpdatedUnixMs = s.Size, s.Used, time.Now().UnixMilli()
+	describeRepair(h.peer, h.repairs())
 	err := h.mds.PutPeer(ctx, h.lease, h.peer)
 	if errors.Is(err, torus.ErrLeaseNotFound) { // it expired in between; the next beat brings another
 		h.lease = 0

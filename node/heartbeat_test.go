@@ -12,6 +12,7 @@ import (
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/models"
+	"github.com/coreos/torus/peer/repair"
 )
 
 // leaseMDS is the part of an MDS that a heartbeat uses, with leases that run out and an off switch.
@@ -110,7 +111,7 @@ func TestHeartbeatRegistersAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := &leaseMDS{expires: map[torus.LeaseID]time.Time{}}
 		stats := torus.StoreStats{BlockSize: 1, Size: 100}
-		h := &heartbeat{mds: m, stats: func() torus.StoreStats { return stats }, peer: &models.Peer{Uuid: "a"}, log: slog.New(slog.DiscardHandler)}
+		h := &heartbeat{mds: m, stats: func() torus.StoreStats { return stats }, repairs: func() repair.Stats { return repair.Stats{Ring: 3, Short: 2} }, peer: &models.Peer{Uuid: "a"}, log: slog.New(slog.DiscardHandler)}
 		if err := h.beat(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -120,6 +121,9 @@ func TestHeartbeatRegistersAgain(t *testing.T) {
 			h.run(ctx)
 			close(done)
 		}()
+		if p := m.registered(); p.GetShortBlocks() != 2 || p.GetCheckedRing() != 3 {
+			t.Fatalf("what the repair says is not in the record: %v", p)
+		}
 		for range 20 {
 			time.Sleep(leaseTTL / 4)
 			if m.registered() == nil {
@@ -159,7 +163,7 @@ func TestHeartbeatRegistersAgain(t *testing.T) {
 func TestHeartbeatSaysHowFull(t *testing.T) {
 	m := &leaseMDS{expires: map[torus.LeaseID]time.Time{}}
 	stats := torus.StoreStats{BlockSize: 10, Size: 1000}
-	h := &heartbeat{mds: m, stats: func() torus.StoreStats { return stats }, peer: &models.Peer{}, log: slog.New(slog.DiscardHandler)}
+	h := &heartbeat{mds: m, stats: func() torus.StoreStats { return stats }, repairs: func() repair.Stats { return repair.Stats{Ring: 3, Short: 2} }, peer: &models.Peer{}, log: slog.New(slog.DiscardHandler)}
 	for _, c := range []struct {
 		used   uint64
 		failed bool

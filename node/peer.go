@@ -16,6 +16,7 @@ import (
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/models"
 	"github.com/coreos/torus/peer"
+	"github.com/coreos/torus/peer/repair"
 	"github.com/coreos/torus/storage"
 	"github.com/coreos/torus/transport/sock"
 	"github.com/coreos/torus/transport/tdp"
@@ -45,6 +46,7 @@ type Peer struct {
 	address string
 	beat    *heartbeat
 	record  *models.Peer
+	repairs func() repair.Stats
 	stops   stack
 }
 
@@ -97,7 +99,8 @@ func startPeer(ctx context.Context, dir *dataDir, cfg PeerConfig) (_ *Peer, err 
 	}
 	p.stops.push(p.loop.stop)
 	incarnation := rand.Uint64()
-	if err := p.serve(dir, cfg, identity, size, incarnation); err != nil {
+	store, service, err := p.serve(dir, cfg, identity, size, incarnation)
+	if err != nil {
 		return nil, err
 	}
 	p.loop.start()
@@ -109,6 +112,9 @@ func startPeer(ctx context.Context, dir *dataDir, cfg PeerConfig) (_ *Peer, err 
 	p.record = &models.Peer{
 		Uuid: p.id.String(), Address: p.address, Labels: cfg.Labels, Incarnation: incarnation, Version: torus.Version, SizeBytes: size,
 	}
+	if err := p.startRepair(cfg, store, service); err != nil {
+		return nil, err
+	}
 	if err := p.register(ctx, cfg); err != nil {
 		return nil, err
 	}
@@ -117,7 +123,7 @@ func startPeer(ctx context.Context, dir *dataDir, cfg PeerConfig) (_ *Peer, err 
 
 // register makes the peer known, and a member of the ring if it is to be one.
 func (p *Peer) register(ctx context.Context, cfg PeerConfig) error {
-	p.beat = &heartbeat{mds: cfg.MDS, stats: p.stats, peer: proto.CloneOf(p.record), log: p.log}
+	p.beat = &heartbeat{mds: cfg.MDS, stats: p.stats, repairs: p.repairs, peer: proto.CloneOf(p.record), log: p.log}
 	for {
 		err := p.beat.beat(ctx)
 		if err == nil {
@@ -158,12 +164,12 @@ func (p *Peer) register(ctx context.Context, cfg PeerConfig) error {
 }
 
 // serve opens the store and begins to listen. The loop does not run yet: opening reads the disk.
-func (p *Peer) serve(dir *dataDir, cfg PeerConfig, identity storage.Identity, size, incarnation uint64) error {
+func (p *Peer) serve(dir *dataDir, cfg PeerConfig, identity storage.Identity, size, incarnation uint64) (*storage.Disk, *peer.Service, error) {
 	store, err := storage.Open(storage.Config{
 		Loop: p.loop.Epoll, FS: dir.fs, Identity: identity, SizeBytes: size, Log: p.log, Registerer: cfg.Registerer,
 	})
 	if err != nil {
-		return fmt.Errorf("data dir %s: %w", dir.name, err)
+		return nil, nil, fmt.Errorf("data dir %s: %w", dir.name, err)
 	}
 	p.store = store
 	p.stops.push(func() (err error) {
@@ -172,7 +178,7 @@ func (p *Peer) serve(dir *dataDir, cfg PeerConfig, identity storage.Identity, si
 	})
 	service, err := peer.New(peer.Config{Loop: p.loop.Epoll, Store: store, FS: dir.fs, Log: p.log, Registerer: cfg.Registerer})
 	if err != nil {
-		return fmt.Errorf("data dir %s: %w", dir.name, err)
+		return nil, nil, fmt.Errorf("data dir %s: %w", dir.name, err)
 	}
 	p.stops.push(func() error {
 		result := make(chan error, 1)
@@ -189,7 +195,7 @@ func (p *Peer) serve(dir *dataDir, cfg PeerConfig, identity storage.Identity, si
 		Store: service, Log: p.log, Registerer: cfg.Registerer,
 	})
 	if err != nil {
-		return listenError("--peer-address", cfg.Address, err)
+		return nil, nil, listenError("--peer-address", cfg.Address, err)
 	}
 	p.stops.push(func() error {
 		done := make(chan struct{})
@@ -199,7 +205,7 @@ func (p *Peer) serve(dir *dataDir, cfg PeerConfig, identity storage.Identity, si
 		}
 		return nil
 	})
-	return nil
+	return store, service, nil
 }
 
 // stats asks the store, on its loop.

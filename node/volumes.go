@@ -81,7 +81,7 @@ func StartVolumes(ctx context.Context, cfg VolumesConfig) (_ *Volumes, err error
 
 	network := sock.New()
 	dist := distributor.New(distributor.Config{
-		Loop: v.loop.Epoll, Dial: dialer(v.loop.Epoll, network, cfg), LoadRing: ringLoader(cfg.MDS), Log: cfg.Log, Metrics: cfg.Registerer,
+		Loop: v.loop.Epoll, Dial: dialer(v.loop.Epoll, network, cfg.Global, cfg.What, cfg.Log), LoadRing: ringLoader(cfg.MDS), Log: cfg.Log, Metrics: cfg.Registerer,
 	})
 	v.stops.push(func() error {
 		v.loop.call(dist.Close)
@@ -150,15 +150,15 @@ func (v *Volumes) release() error {
 	}
 }
 
-// dialer connects the volumes' loop to peers.
-func dialer(l loop.Loop, network *sock.Network, cfg VolumesConfig) func(torus.PeerID, string, func(), func(error)) distributor.Conn {
+// dialer connects a loop to peers.
+func dialer(l loop.Loop, network *sock.Network, global torus.GlobalMetadata, what string, log *slog.Logger) func(torus.PeerID, string, func(), func(error)) distributor.Conn {
 	hello := tdp.Hello{
-		Cluster: cfg.Global.ClusterID, ID: torus.NewPeerID(), Incarnation: rand.Uint64(), BlockSize: cfg.Global.BlockSize, Name: cfg.What,
+		Cluster: global.ClusterID, ID: torus.NewPeerID(), Incarnation: rand.Uint64(), BlockSize: global.BlockSize, Name: what,
 	}
 	return func(id torus.PeerID, addr string, up func(), down func(error)) distributor.Conn {
 		connected := false
 		return tdp.Dial(l, network, tdp.ClientConfig{
-			Addr: addr, Hello: hello, Peer: id, Log: cfg.Log,
+			Addr: addr, Hello: hello, Peer: id, Log: log,
 			Up: func(tdp.Hello) {
 				connected = true
 				up()

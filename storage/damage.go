@@ -8,9 +8,11 @@ import (
 
 // Damaged has fn called with every block that turns out to be damaged: at once with those that Open found, then, on the loop,
 // whenever a read fails because of the medium or finds something else than the block's records. The same block may be named
-// many times. fn must not use the store before it has returned.
+// many times. fn must not use the store before it has returned; nil: nobody is told any more.
 func (d *Disk) Damaged(fn func(torus.BlockRef)) {
-	d.damaged = fn
+	if d.damaged = fn; fn == nil {
+		return
+	}
 	for s := range d.slots {
 		if x := &d.slots[s]; x.open >= 0 && (d.opens[x.open].suspect || d.opens[x.open].unread) {
 			fn(x.key.ref())

@@ -31,6 +31,12 @@ type peerJSON struct {
 	Status    string            `json:"status"` // what it said of itself last, or "down"
 	Version   string            `json:"version"`
 	Updated   time.Time         `json:"updated"`
+
+	BlocksShort    uint64 `json:"blocks_short"`    // that it is to hold whole and does not
+	BlocksCorrupt  uint64 `json:"blocks_corrupt"`  // of these, damaged ones
+	BlocksRepaired uint64 `json:"blocks_repaired"` // since it was started
+	CheckedRing    uint64 `json:"checked_ring"`    // version under which it last looked through all its blocks
+	VolumesUnknown uint64 `json:"volumes_unknown"` // that it cannot look through
 }
 
 // StatusDown is the status of a peer whose lease has run out.
@@ -40,6 +46,7 @@ func toPeerJSON(p *models.Peer, members torus.PeerList) peerJSON {
 	out := peerJSON{
 		UUID: p.Uuid, Address: p.Address, SizeBytes: p.SizeBytes, UsedBytes: p.UsedBytes, Labels: p.Labels,
 		Status: p.State, Version: p.Version, Updated: time.UnixMilli(p.UpdatedUnixMs).UTC(),
+		BlocksShort: p.ShortBlocks, BlocksCorrupt: p.CorruptBlocks, BlocksRepaired: p.RepairedBlocks, CheckedRing: p.CheckedRing, VolumesUnknown: p.UnknownVolumes,
 	}
 	if id, err := torus.ParsePeerID(p.Uuid); err == nil {
 		out.Member = members.Has(id)

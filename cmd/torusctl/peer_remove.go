@@ -18,9 +18,12 @@ func peerRemoveCommand(c *ctl) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "remove ADDRESS|UUID... [--force]",
 		Short: "Take peers out of the ring",
-		Long: `Take peers out of the ring: new blocks go elsewhere. Blocks they hold stay where they are, and are read from
-there while the peers run; nothing moves them to other peers yet. So a peer that holds data is removed only
-with --force, and should then be kept running.`,
+		Long: `Take peers out of the ring, for good: new blocks go elsewhere, and the other members make the copies that are missing again
+by themselves, most endangered first; torusctl status counts them down (blocks short). Not for a peer that will be back: it
+only fetches what it missed.
+
+A peer that runs is removed only with --force. Its blocks are read from there until they are elsewhere, so keep it running
+until no blocks are short. Never fewer members are left than there are copies.`,
 		Args: cobra.MinimumNArgs(0),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
@@ -39,10 +42,8 @@ with --force, and should then be kept running.`,
 				if err != nil {
 					return err
 				}
-				if !force {
-					if err := mayRemove(r, peers); err != nil {
-						return err
-					}
+				if err := mayRemove(r, peers, force); err != nil {
+					return err
 				}
 				if r, err = node.RemoveFromRing(ctx, mds, peers); err == nil {
 					err = printRingChange(cmd, r)
@@ -56,12 +57,12 @@ with --force, and should then be kept running.`,
 			})
 		},
 	}
-	cmd.Flags().BoolVar(&force, "force", false, "even if blocks lose copies, or their last one")
+	cmd.Flags().BoolVar(&force, "force", false, "even if they run")
 	return cmd
 }
 
-// mayRemove refuses what could cost data or stop writes.
-func mayRemove(r torus.Ring, peers []*models.Peer) error {
+// mayRemove refuses what would stop writes, and, unless forced, what is not called for.
+func mayRemove(r torus.Ring, peers []*models.Peer, force bool) error {
 	members := len(r.Members())
 	for _, p := range peers {
 		id, err := torus.ParsePeerID(p.Uuid)
@@ -72,16 +73,15 @@ func mayRemove(r torus.Ring, peers []*models.Peer) error {
 			continue
 		}
 		members--
-		if p.UsedBytes > 0 {
-			return &torus.Error{Op: "remove", Obj: "peer " + p.Uuid,
-				Err:  fmt.Errorf("it holds %s, and nothing moves that to other peers yet", cli.FormatSize(p.UsedBytes, false)),
-				Hint: "--force takes it out of the ring; keep it running then, blocks may have their last copies there"}
+		if p.Alive && !force {
+			return &torus.Error{Op: "remove", Obj: "peer " + p.Uuid, Err: errors.New("it is alive, and nothing moves its blocks away beforehand"),
+				Hint: "if it is to go for good, stop its torusd first, or give --force and keep it running until `torusctl status` shows no blocks short"}
 		}
 	}
-	if members < r.Replication() {
+	if members < len(r.Members()) && members < r.Replication() {
 		return &torus.Error{Op: "remove", Obj: fmt.Sprintf("%d peers", len(r.Members())-members),
 			Err:  fmt.Errorf("%d members would be left for %d copies, and writes would wait", members, r.Replication()),
-			Hint: "add peers first, or lower `torusctl ring set-replication`, or give --force"}
+			Hint: "add peers first (torusctl peer add), or lower `torusctl ring set-replication`"}
 	}
 	return nil
 }
@@ -94,7 +94,7 @@ func forget(ctx context.Context, cmd *cobra.Command, mds torus.MetadataService, 
 			return err
 		}
 		if p.Alive {
-			fmt.Fprintf(cmd.OutOrStdout(), "peer %s still runs\n", p.Uuid)
+			fmt.Fprintf(cmd.OutOrStdout(), "peer %s still runs: keep it so until torusctl status shows no blocks short\n", p.Uuid)
 			continue
 		}
 		if err := mds.DeletePeer(ctx, id); err != nil && !errors.Is(err, torus.ErrNotExist) {

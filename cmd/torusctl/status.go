@@ -21,6 +21,9 @@ type statusJSON struct {
 	Members         int        `json:"members"`
 	SizeBytes       uint64     `json:"size_bytes"` // of the members
 	UsedBytes       uint64     `json:"used_bytes"`
+	BlocksShort     uint64     `json:"blocks_short"`   // copies that are missing or damaged, by the last count of each member
+	BlocksCorrupt   uint64     `json:"blocks_corrupt"` // of these, damaged ones
+	PeersChecking   int        `json:"peers_checking"` // members that have not looked through their blocks under this ring yet
 	Volumes         int        `json:"volumes"`
 	VolumesAttached int        `json:"volumes_attached"`
 	Peers           []peerJSON `json:"peers"`
@@ -79,7 +82,7 @@ func gatherStatus(ctx context.Context, mds torus.MetadataService) (statusJSON, e
 // assess says what is wrong, from what is known.
 func (s *statusJSON) assess() {
 	s.Status, s.Problems = "ok", []string{}
-	healthy := 0
+	healthy, unknown := 0, uint64(0)
 	for _, p := range s.Peers {
 		if !p.Member {
 			s.Problems = append(s.Problems, fmt.Sprintf("peer %s (%s) is not in the ring: torusctl peer add %s", p.UUID, p.Address, p.UUID))
@@ -87,6 +90,14 @@ func (s *statusJSON) assess() {
 		}
 		s.SizeBytes += p.SizeBytes
 		s.UsedBytes += p.UsedBytes
+		s.BlocksShort += p.BlocksShort
+		s.BlocksCorrupt += p.BlocksCorrupt
+		unknown = max(unknown, p.VolumesUnknown)
+		if p.Status == statusDown {
+			s.BlocksShort += p.UsedBytes / max(s.BlockSizeBytes, 1) // what it held
+		} else if p.CheckedRing < s.RingVersion {
+			s.PeersChecking++
+		}
 		switch p.Status {
 		case node.StateOK:
 			healthy++
@@ -95,11 +106,26 @@ func (s *statusJSON) assess() {
 			s.Problems = append(s.Problems, fmt.Sprintf("peer %s (%s) is nearly full: add peers or delete volumes", p.UUID, p.Address))
 		case statusDown:
 			s.Status = "degraded"
-			s.Problems = append(s.Problems, fmt.Sprintf("peer %s (%s) is down: start its torusd", p.UUID, p.Address))
+			s.Problems = append(s.Problems, fmt.Sprintf("peer %s (%s) is down: start its torusd, or if it is gone for good: torusctl peer remove %s", p.UUID, p.Address, p.UUID))
 		default:
 			s.Status = "degraded"
 			s.Problems = append(s.Problems, fmt.Sprintf("peer %s (%s) is %s", p.UUID, p.Address, p.Status))
 		}
+	}
+	if s.BlocksShort > 0 {
+		if s.Status == "ok" {
+			s.Status = "degraded"
+		}
+		s.Problems = append(s.Problems, fmt.Sprintf("%d copies of blocks are missing: members that are up make them again by themselves", s.BlocksShort))
+	}
+	if s.BlocksCorrupt > 0 {
+		s.Problems = append(s.Problems, fmt.Sprintf("%d of them are damaged: replaced from good ones; the log of torusd names those that have none", s.BlocksCorrupt))
+	}
+	if unknown > 0 {
+		if s.Status == "ok" {
+			s.Status = "degraded"
+		}
+		s.Problems = append(s.Problems, fmt.Sprintf("the blocks of %d volumes cannot be listed now: what is missing of them is not known", unknown))
 	}
 	if healthy < s.Replication {
 		s.Status = "stalled"
@@ -109,9 +135,9 @@ func (s *statusJSON) assess() {
 
 func statusTable(s statusJSON, flat bool) cli.Table {
 	columns := []string{"status", "cluster_id", "block_size_bytes", "default_block_spec", "ring_version", "replication", "members",
-		"size_bytes", "used_bytes", "volumes", "volumes_attached"}
+		"size_bytes", "used_bytes", "blocks_short", "blocks_corrupt", "peers_checking", "volumes", "volumes_attached"}
 	values := []any{s.Status, s.ClusterID, cli.Bytes(s.BlockSizeBytes), s.DefaultBlockSpec, s.RingVersion, s.Replication, s.Members,
-		cli.Bytes(s.SizeBytes), cli.Bytes(s.UsedBytes), s.Volumes, s.VolumesAttached}
+		cli.Bytes(s.SizeBytes), cli.Bytes(s.UsedBytes), s.BlocksShort, s.BlocksCorrupt, s.PeersChecking, s.Volumes, s.VolumesAttached}
 	if flat {
 		return cli.Table{Columns: columns, Rows: [][]any{values}}
 	}
@@ -122,6 +148,7 @@ func statusTable(s statusJSON, flat bool) cli.Table {
 		{"block spec", s.DefaultBlockSpec},
 		{"ring", fmt.Sprintf("version %d, %d copies, %d members", s.RingVersion, s.Replication, s.Members)},
 		{"used", fmt.Sprintf("%s of %s", cli.FormatSize(s.UsedBytes, false), cli.FormatSize(s.SizeBytes, false))},
+		{"blocks short", shortText(s)},
 		{"volumes", fmt.Sprintf("%d, %d attached", s.Volumes, s.VolumesAttached)},
 	}}
 	for _, p := range s.Peers {
@@ -131,4 +158,15 @@ func statusTable(s statusJSON, flat bool) cli.Table {
 		t.Rows = append(t.Rows, []any{"problem", p})
 	}
 	return t
+}
+
+func shortText(s statusJSON) string {
+	text := fmt.Sprint(s.BlocksShort)
+	if s.BlocksCorrupt > 0 {
+		text += fmt.Sprintf(", %d of them damaged", s.BlocksCorrupt)
+	}
+	if s.PeersChecking > 0 {
+		text += fmt.Sprintf(" (%d peers are still looking)", s.PeersChecking)
+	}
+	return text
 }

@@ -36,6 +36,11 @@ func TestStatus(t *testing.T) {
 	a.State, a.UsedBytes = node.StateNearFull, 90<<30
 	c.put(t, lease, a)
 	expect("ok", a.Uuid)
+	// Copies that are missing: what members say, and what a dead one held.
+	a.ShortBlocks, a.CorruptBlocks, a.CheckedRing = 7, 2, 2
+	c.put(t, lease, a)
+	expect("degraded", a.Uuid, "7 copies of blocks are missing", "2 of them are damaged")
+	a.ShortBlocks, a.CorruptBlocks = 0, 0
 	a.State = node.StateFull // coreos/torus 401
 	c.put(t, lease, a)
 	expect("degraded", "is full")
@@ -43,6 +48,17 @@ func TestStatus(t *testing.T) {
 		t.Fatal(err)
 	}
 	expect("stalled", "is full", "is down", "1 members can take 2 copies")
+	b.UsedBytes, b.ShortBlocks = 40<<20, 1
+	c.put(t, 0, b)
+	expect("stalled", "is full", "torusctl peer remove "+b.Uuid, "11 copies of blocks are missing", "1 members can take 2 copies")
+	var short statusJSON
+	c.json(t, &short, "status")
+	if short.BlocksShort != 11 || short.BlocksCorrupt != 0 || short.PeersChecking != 1 {
+		t.Errorf("%+v", short)
+	}
+	c.run("status").CheckSuccess(t, "blocks short", "11 (1 peers are still looking)")
+	b.UsedBytes, b.ShortBlocks = 0, 0
+	c.put(t, 0, b)
 
 	var s statusJSON
 	c.json(t, &s, "status")
