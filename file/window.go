@@ -129,10 +129,10 @@ func (r *rate) tick(total uint64, d time.Duration) {
 	r.perSec = max(now, r.perSec*0.9)
 }
 
-// wantAhead is how many unused indexes the window should hold: enough to go on for WindowAhead without
-// the MDS at the present rate.
+// wantAhead is how many unused indexes the window is extended to. Two thirds of them, when it is extended again, are enough to
+// go on for WindowAhead without the MDS at the present rate.
 func (f *File) wantAhead() uint64 {
-	n := uint64(f.rate.perSec * f.cfg.WindowAhead.Seconds() / float64(f.cfg.BlockSize))
+	n := uint64(f.rate.perSec * f.cfg.WindowAhead.Seconds() * 3 / 2 / float64(f.cfg.BlockSize))
 	return min(max(n, windowBlocks), maxWindow)
 }
 
@@ -147,7 +147,7 @@ func (f *File) maybeExtend() {
 		if _, usable := f.dist.Room(); usable < f.repl {
 			return // no index would be of use; see Watch
 		}
-	} else if left > want/2 {
+	} else if left > want*2/3 {
 		return
 	}
 	f.win.extending = true
