@@ -503,7 +503,7 @@ func postgresBin(t *testing.T, program string) string {
 
 // asPostgres runs a command as the user that the server insists on.
 func asPostgres(args ...string) []string {
-	return append([]string{"setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", "--"}, args...)
+	return append([]string{"setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", "--pdeathsig=KILL", "--"}, args...)
 }
 
 func (p *postgres) acked() (n int) {
