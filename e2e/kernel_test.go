@@ -73,6 +73,7 @@ kill -KILL $blk
 wait $blk
 torusblk nbd --detach $dev; echo "DETACH killed $?"
 nbd-client -c $dev; echo "CLIENT killed $?"
+echo "LEFT $(ls /tmp | grep -c torusblk)"
 attach /dev/nbd0 --force
 e2fsck -fn $dev > /tmp/fsck 2>&1; echo "FSCK forced $?"
 kill -TERM $blk
@@ -88,7 +89,7 @@ echo DONE
 		`CLIENT before 1`, `ATTACHED /dev/nbd0`, `CLIENT attached 0`, `SIZE 50331648`, `QUEUE logical_block_size 512`, `QUEUE write_cache write back`, `QUEUE fua 1`,
 		`QUEUE discard_max_bytes [1-9]`, `QUEUE write_zeroes_max_bytes \d`, `EMPTY [1-9]`, `MKFS 0`, `MOUNT 0`, `TRIM 0`, `UMOUNT 0`, `DETACH 0`, `ENDED detached 0`,
 		`CLIENT detached 1`, `ATTACHED /dev/nbd\d`, `FSCK 0`, `KEPT 0`, `ENDED stopped 0`, `CLIENT stopped 1`,
-		`DETACH killed 0`, `CLIENT killed 1`, `FSCK forced 0`, `ENDED again 0`, `CLIENT again 1`,
+		`DETACH killed 0`, `CLIENT killed 1`, `LEFT 0`, `FSCK forced 0`, `ENDED again 0`, `CLIENT again 1`,
 	} {
 		if !regexp.MustCompile(want).MatchString(said) {
 			t.Errorf("the guest did not say %q", want)

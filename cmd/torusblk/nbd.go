@@ -71,6 +71,10 @@ func (b *blk) attach(cmd *cobra.Command, volume, device string, connections int)
 		if err != nil {
 			return err
 		}
+		// The kernel has its connections and needs no name for more; so nothing is left behind if this process is killed.
+		if err := os.RemoveAll(dir); err != nil {
+			return errors.Join(err, release(path))
+		}
 		if _, err := fmt.Fprintln(cmd.OutOrStdout(), path); err != nil {
 			return errors.Join(err, release(path))
 		}
