@@ -421,10 +421,16 @@ func (f *File) finishInode(z *frozen, r *sideRec, pages int) {
 	}
 }
 
-// thaw takes a failed checkpoint back: what it froze is changed again.
+// thaw takes a failed checkpoint back: what it froze is changed again, and the blocks it was written to end where they ended before, as
+// what lies behind may be on no peer, or not on all.
 func (f *File) thaw(z *frozen) {
 	for i := len(z.undo) - 1; i >= 0; i-- {
 		z.undo[i]()
+	}
+	for _, r := range z.recs {
+		if f.table.e[r.blk.slot].ref == r.blk.ref {
+			f.table.cut(r.blk.slot, r.off/pageSize)
+		}
 	}
 }
 

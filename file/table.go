@@ -107,6 +107,15 @@ func (t *table) setLength(slot, pages uint32) {
 	}
 }
 
+// cut takes a setLength back.
+func (t *table) cut(slot, pages uint32) {
+	if e := &t.e[slot]; pages < e.length {
+		t.lengthAll -= uint64(e.length - pages)
+		e.length = pages
+		t.touch(slot)
+	}
+}
+
 func (t *table) usage() (live, stored uint64) {
 	return t.liveData * pageSize, t.lengthAll * pageSize
 }
