@@ -17,6 +17,7 @@ import (
 	"github.com/coreos/torus/metadata/temp"
 	"github.com/coreos/torus/models"
 	"github.com/coreos/torus/peer"
+	"github.com/coreos/torus/peer/repair"
 	"github.com/coreos/torus/ring"
 	"github.com/coreos/torus/storage"
 	"github.com/coreos/torus/transport/mem"
@@ -33,6 +34,7 @@ type Options struct {
 	Slots       int // of the ring; 0: 512
 	// SlotsPerFile is how many blocks of a store share a file; 0: 16.
 	SlotsPerFile int
+	Repair       bool         // peers repair their copies
 	Log          *slog.Logger // nil: none
 }
 
@@ -44,6 +46,8 @@ type Cluster struct {
 	Peers   []*Peer
 	Clients []*Client
 	Witness *Witness
+	// PeerMDS decides about the peers' own requests to the metadata service; nil: all reach it.
+	PeerMDS func(context.Context, string) temp.Fault
 	opt     Options
 	gmd     torus.GlobalMetadata
 	admin   torus.MetadataService
@@ -69,7 +73,10 @@ type Peer struct {
 	index       int
 	powers      uint16             // how often it has lost power
 	fault       func(vfs.Op) error // what its disk does; nil: works
-	cramped     bool               // its disk has no room
+	Repair      *repair.Repairer   // nil: none
+	mds         *temp.Client
+	ailing      bool // its disk could not read everything at some time
+	cramped     bool // its disk has no room
 }
 
 // New makes a cluster with all peers running and in the ring.
@@ -150,6 +157,26 @@ func (c *Cluster) placement(ref torus.BlockRef, s *models.PlacementSet) torus.Pe
 	return nil
 }
 
+// home is where a block of that registered set is to be under the newest ring: at those of the set that are members, and for each
+// that is not, at the next of the ring's permutation.
+func (c *Cluster) home(ref torus.BlockRef, registered torus.PeerList) (home torus.PeerList) {
+	r := c.rings[c.ring]
+	members := r.Members()
+	for _, p := range registered {
+		if members.Has(p) {
+			home = append(home, p)
+		}
+	}
+	for _, l := range []torus.PeerList{r.GetPeers(ref).Peers, members} {
+		for _, p := range l {
+			if len(home) < len(registered) && !home.Has(p) {
+				home = append(home, p)
+			}
+		}
+	}
+	return home
+}
+
 func (c *Cluster) peerByID(id torus.PeerID) *Peer {
 	for _, p := range c.Peers {
 		if p.ID == id {
@@ -200,15 +227,53 @@ func (p *Peer) start() error {
 	if p.Service, err = peer.New(peer.Config{Loop: p.Loop, Store: p.Store, FS: disk, Log: log}); err != nil {
 		return err
 	}
+	watch := &watched{c.Witness, p, p.Service}
 	p.server, err = tdp.Serve(p.Loop, c.Net.Host(p.Name), p.addr(), tdp.ServerConfig{
 		Hello: tdp.Hello{Cluster: c.gmd.ClusterID, ID: p.ID, Incarnation: p.incarnation, BlockSize: c.opt.BlockSize, Name: p.Name},
-		Store: &watched{c.Witness, p, p.Service}, Log: log,
+		Store: watch, Log: log,
 	})
 	if err != nil {
 		return err
 	}
+	if c.opt.Repair {
+		if err := p.startRepair(watch); err != nil {
+			return err
+		}
+	}
 	p.Up = true
 	return c.admin.PutPeer(context.Background(), 0, &models.Peer{Uuid: p.ID.String(), Address: p.addr(), SizeBytes: c.opt.PeerBytes, State: "ok"})
+}
+
+// repairEvery is how often a peer looks through its copies when nothing happens.
+const repairEvery = 10 * time.Second
+
+// startRepair has the peer look after its copies, as package node does.
+func (p *Peer) startRepair(local torus.BlockStore) (err error) {
+	c := p.c
+	if p.mds != nil {
+		_ = p.mds.Close()
+	}
+	p.mds = c.MDS.Client()
+	p.mds.SetFaults(func(ctx context.Context, method string) temp.Fault {
+		if c.PeerMDS == nil {
+			return temp.None
+		}
+		return c.PeerMDS(ctx, method)
+	})
+	dist, look := c.follow(p.Loop, p.Name, p.ID, p.mds)
+	l := p.Loop
+	var tick func()
+	tick = func() {
+		look(true)
+		l.After(time.Second, tick)
+	}
+	l.Post(tick)
+	p.Repair, err = repair.New(repair.Config{
+		Loop: l, Dist: dist, MDS: p.mds, Local: local, ID: p.ID, BlockSize: uint32(c.opt.BlockSize),
+		Every: repairEvery, ScrubEvery: 15 * time.Second, ScrubRate: 1 << 30, CopyRate: 1 << 30, Log: c.log.With("at", p.Name),
+	})
+	p.Store.Damaged(func(ref torus.BlockRef) { l.Post(func() { p.Repair.Damaged(ref) }) })
+	return err
 }
 
 // Kill ends the process; what it has written stays in the page cache.
@@ -262,14 +327,9 @@ type Client struct {
 // leaseTTL is how long a client holds a volume without renewing.
 const leaseTTL = 10 * time.Second
 
-// NewClient starts a client process. It learns of peers and rings when they change, and by looking once a second. It keeps its lease alive.
-func (c *Cluster) NewClient(name string) *Client {
-	cl := &Client{c: c, Name: name, Loop: c.V.NewLoop(name), MDS: c.MDS.Client()}
-	c.Clients = append(c.Clients, cl)
-	id := torus.PeerID{}
-	for k := range id {
-		id[k] = byte(c.V.Rand().Uint32())
-	}
+// follow makes a distributor for a process at host name, and keeps it informed of peers and rings as they change. look has it look by itself;
+// again even if there is no news, as peers report to the directory now and then.
+func (c *Cluster) follow(l *loop.VirtualLoop, name string, id torus.PeerID, mds *temp.Client) (_ *distributor.Distributor, look func(again bool)) {
 	log := c.log.With("at", name)
 	decode := func(b []byte, err error) (torus.Ring, error) {
 		if err != nil {
@@ -277,29 +337,29 @@ func (c *Cluster) NewClient(name string) *Client {
 		}
 		return ring.Decode(b)
 	}
-	cl.Dist = distributor.New(distributor.Config{
-		Loop: cl.Loop, Log: log,
+	d := distributor.New(distributor.Config{
+		Loop: l, Log: log,
 		Dial: func(p torus.PeerID, addr string, up func(), down func(error)) distributor.Conn {
-			return tdp.Dial(cl.Loop, c.Net.Host(name), tdp.ClientConfig{
+			return tdp.Dial(l, c.Net.Host(name), tdp.ClientConfig{
 				Addr: addr, Peer: p, Log: log,
 				Hello: tdp.Hello{Cluster: c.gmd.ClusterID, ID: id, Incarnation: 1, BlockSize: c.opt.BlockSize, Name: name},
 				Up:    func(tdp.Hello) { up() }, Down: down,
 			})
 		},
 		LoadRing: func(version uint64) (torus.Ring, error) {
-			return decode(cl.MDS.RingAt(context.Background(), version))
+			return decode(mds.RingAt(context.Background(), version))
 		},
 	})
 	var ringSeen []byte
 	peersSeen := ""
-	look := func(again bool) {
-		if b, err := cl.MDS.Ring(context.Background()); err == nil && !bytes.Equal(b, ringSeen) {
+	look = func(again bool) {
+		if b, err := mds.Ring(context.Background()); err == nil && !bytes.Equal(b, ringSeen) {
 			if r, err := decode(b, nil); err == nil {
 				ringSeen = b
-				cl.Dist.SetRing(r)
+				d.SetRing(r)
 			}
 		}
-		peers, err := cl.MDS.Peers(context.Background())
+		peers, err := mds.Peers(context.Background())
 		if err != nil {
 			return
 		}
@@ -314,19 +374,32 @@ func (c *Cluster) NewClient(name string) *Client {
 		}
 		if news := seen != peersSeen; news || again {
 			peersSeen = seen
-			cl.Dist.SetPeers(peers)
+			d.SetPeers(peers)
 		}
 	}
 	looking := false
-	cl.MDS.OnChange(func() {
+	mds.OnChange(func() {
 		if !looking {
 			looking = true
-			cl.Loop.Post(func() { looking = false; look(false) })
+			l.Post(func() { looking = false; look(false) })
 		}
 	})
+	return d, look
+}
+
+// NewClient starts a client process. It learns of peers and rings when they change, and by looking once a second. It keeps its lease alive.
+func (c *Cluster) NewClient(name string) *Client {
+	cl := &Client{c: c, Name: name, Loop: c.V.NewLoop(name), MDS: c.MDS.Client()}
+	c.Clients = append(c.Clients, cl)
+	id := torus.PeerID{}
+	for k := range id {
+		id[k] = byte(c.V.Rand().Uint32())
+	}
+	dist, look := c.follow(cl.Loop, name, id, cl.MDS)
+	cl.Dist = dist
 	var tick func()
 	tick = func() {
-		look(true) // as peers report to the directory now and then, whether they have news or not
+		look(true)
 		if cl.lease != 0 {
 			_ = cl.MDS.RenewLease(context.Background(), cl.lease) // a lease that is lost ends nothing
 		}

@@ -85,6 +85,9 @@ func (x *committed) read(ref torus.BlockRef, off uint32, n int, set torus.PeerLi
 	if len(set) < x.c.opt.Replication {
 		return nil, violated("F1", "%v has %d copies, not %d", ref, len(set), x.c.opt.Replication)
 	}
+	if x.c.opt.Repair {
+		set = x.c.home(ref, set) // by now everything is where it belongs
+	}
 	for _, id := range set {
 		p := x.c.peerByID(id)
 		if p == nil || p.Gone {
@@ -97,7 +100,7 @@ func (x *committed) read(ref torus.BlockRef, off uint32, n int, set torus.PeerLi
 			x.Copies++
 			continue
 		}
-		if p.Rotten {
+		if p.Rotten && !x.c.opt.Repair {
 			x.Missing++
 			continue
 		}
@@ -208,8 +211,32 @@ func (x *committed) compare(h *History, pages, stride uint64) error {
 		return err
 	}
 	for i, b := range x.blocks {
+		if err := x.copies(&b); err != nil {
+			return err
+		}
 		if b.used && b.ref.Type == torus.TypeBlock && b.live != x.live[uint32(i)] {
 			return violated("C1", "block %v is listed with %d live pages, and has %d", b.ref, b.live, x.live[uint32(i)])
+		}
+	}
+	return nil
+}
+
+// copies checks that every peer that is to hold a listed block has all of it, what is dead included: else it would count as short for ever.
+func (x *committed) copies(b *listed) error {
+	if !b.used || b.live == 0 {
+		return nil
+	}
+	set := b.set
+	if x.c.opt.Repair {
+		set = x.c.home(b.ref, set)
+	}
+	for _, id := range set {
+		p := x.c.peerByID(id)
+		if p.Gone || p.Rotten || !p.Up {
+			continue
+		}
+		if t, known := p.tail(b.ref); known && t.Length < b.length*PageSize {
+			return violated("F1", "%v is listed with %d bytes, and %s has %d", b.ref, b.length*PageSize, p.Name, t.Length)
 		}
 	}
 	return nil
@@ -243,7 +270,7 @@ func (x *committed) leaked(known map[torus.BlockRef]bool) (n int) {
 // are not listed may have lost, with power, what was never synced.
 func (w *Witness) CheckBytes(listed map[torus.BlockRef]bool) error {
 	for _, p := range w.c.Peers {
-		if !p.Up || p.Gone || p.Rotten {
+		if !p.Up || p.Gone || p.Rotten { // what nobody lists is not repaired
 			continue
 		}
 		for _, t := range p.list(0) {

@@ -305,6 +305,7 @@ func (r *Run) readErrors() (func(), bool) {
 		}
 	}
 	p := r.peer()
+	p.ailing = true
 	share := 0.05 + r.rng.Float64()/2
 	p.fault = func(op vfs.Op) error {
 		if op.Kind == vfs.OpRead && r.rng.Float64() < share {
@@ -467,10 +468,7 @@ func (r *Run) mdsFails(weights ...int) (func(), bool) {
 		return nil, false
 	}
 	r.mdsWeights = weights
-	return func() {
-		r.mdsWeights = nil
-		r.MDS.Deliver()
-	}, true
+	return func() { r.mdsWeights = nil }, true
 }
 
 func (r *Run) mdsFault(context.Context, string) temp.Fault {

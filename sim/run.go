@@ -50,7 +50,7 @@ type profile struct {
 	steps                       int
 	harmEvery, moveEvery        int // steps
 	kinds                       []int
-	excess                      bool
+	excess, repair              bool
 }
 
 // draw draws the profile of a schedule: each has its own mix of faults, as many together hide what few bring about.
@@ -58,7 +58,7 @@ func draw(rng *rand.Rand) profile {
 	p := profile{
 		peers: 3, replication: 2, volumes: 1 + rng.IntN(3)*rng.IntN(2), pages: uint64(60 + rng.IntN(200)), blockSize: 64 << 10 << rng.IntN(3),
 		slotsPerFile: 2 << rng.IntN(4), checkpoints: 300 * time.Millisecond << rng.IntN(6),
-		steps: 60 + rng.IntN(140), harmEvery: 5 + rng.IntN(30), moveEvery: 20 + rng.IntN(60), excess: rng.IntN(6) == 0,
+		steps: 60 + rng.IntN(140), harmEvery: 5 + rng.IntN(30), moveEvery: 20 + rng.IntN(60), excess: rng.IntN(6) == 0, repair: rng.IntN(2) == 0,
 	}
 	switch rng.IntN(6) {
 	case 0:
@@ -90,7 +90,7 @@ func Play(seed uint64, log *slog.Logger) (r *Run, err error) {
 	rng := rand.New(rand.NewPCG(seed, 2))
 	p := draw(rng)
 	c, err := New(seed, Options{
-		Peers: p.peers, Replication: p.replication, BlockSize: p.blockSize, PeerBytes: 768 * p.blockSize, Slots: 32, SlotsPerFile: p.slotsPerFile, Log: log,
+		Peers: p.peers, Replication: p.replication, BlockSize: p.blockSize, PeerBytes: 768 * p.blockSize, Slots: 32, SlotsPerFile: p.slotsPerFile, Repair: p.repair, Log: log,
 	})
 	if err != nil {
 		return nil, err
@@ -113,6 +113,7 @@ func Play(seed uint64, log *slog.Logger) (r *Run, err error) {
 		}
 	})
 	c.Witness.fail = r.fail
+	c.PeerMDS = r.mdsFault
 	for i := range p.volumes {
 		v := &volume{r: r, h: NewHistory(seed<<8 + uint64(i) + 1), pages: p.pages}
 		if v.info, err = c.CreateVolume(fmt.Sprint("v", i), p.pages*PageSize); err != nil {
@@ -206,8 +207,8 @@ func (r *Run) play() error {
 		}
 		r.V.RunFor(d)
 		r.mend(false)
-		if r.mdsWeights != nil && r.rng.IntN(10) == 0 {
-			r.MDS.Deliver()
+		if r.rng.IntN(40) == 0 {
+			r.MDS.Deliver() // late, by any number of other requests
 		}
 		if !r.check() {
 			return r.err
@@ -226,8 +227,8 @@ func (r *Run) heal() error {
 	r.Net.HealAll()
 	r.MDS.Deliver()
 	for _, p := range r.Peers {
-		if p.Up && p.Store.Stats().Failed {
-			p.Kill()
+		if p.Up && (p.Store.Stats().Failed || p.ailing) {
+			p.Kill() // what it could not read when it started it must read again
 		}
 		r.start(p)
 	}
@@ -266,6 +267,9 @@ func (r *Run) converge() error {
 	if !r.check() {
 		return r.err
 	}
+	if err := r.repaired(); err != nil {
+		return err
+	}
 	var heads []*committed
 	listed := map[torus.BlockRef]bool{}
 	for _, v := range r.vols {
@@ -275,8 +279,9 @@ func (r *Run) converge() error {
 			x.list(listed)
 			err = x.compare(v.h, v.pages, 1)
 			heads = append(heads, x)
-		case err == nil && v.h.Acked() > 0:
-			err = violated("D1", "nothing was ever committed, and %d writes are acknowledged", v.h.Acked())
+		case err == nil: // nothing was ever committed
+			zero := make([]byte, PageSize)
+			_, err = v.h.Check(func(uint64) ([]byte, error) { return zero, nil }, v.h.Acked())
 		}
 		if err != nil {
 			return fmt.Errorf("%w (volume %s as committed)", err, v.info.Name)
@@ -294,6 +299,35 @@ func (r *Run) converge() error {
 				r.Acks += s.w.Acks
 			}
 		}
+	}
+	return r.err
+}
+
+// repaired waits until the peers say that every copy is where it belongs, and have read everything since it was last harmed.
+func (r *Run) repaired() error {
+	if !r.p.repair {
+		return nil
+	}
+	scrubs := map[*Peer]uint64{}
+	for _, p := range r.alive() {
+		scrubs[p] = p.Repair.Stats().Scrubs
+	}
+	whole := func() bool {
+		for _, p := range r.alive() {
+			x := p.Repair.Stats()
+			if x.Ring != r.ring || x.Short > 0 || x.Unknown > 0 || r.victim != nil && x.Scrubs < scrubs[p]+2 {
+				return false
+			}
+		}
+		return true
+	}
+	r.V.RunFor(repairEvery + 2*time.Second) // one pass at least
+	if !r.runUntil(func() bool { return r.err != nil || whole() }, 5*time.Minute) {
+		said := ""
+		for _, p := range r.alive() {
+			said += fmt.Sprintf("; %s: %+v", p.Name, p.Repair.Stats())
+		}
+		return violated("LIVE", "copies are still missing though everything is well%s", said)
 	}
 	return r.err
 }

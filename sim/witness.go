@@ -27,7 +27,7 @@ type Witness struct {
 	// synced is how much of a block each peer has said to be durable, by its index.
 	synced map[torus.BlockRef]*[maxPeers]uint32
 	acked  map[torus.VolumeID]ackedUpTo
-	heads  map[torus.VolumeID]uint64 // sequence number that the head covers
+	states map[torus.VolumeID]*models.VolumeState // as last seen
 	hdr    record.Header
 	fail   func(error)
 }
@@ -66,7 +66,7 @@ type pageSighting struct {
 func newWitness(c *Cluster) *Witness {
 	return &Witness{
 		c: c, recs: map[torus.BlockRef][]*sighting{}, page: map[pageKey][]pageSighting{}, seqs: map[seqKey][]*sighting{},
-		synced: map[torus.BlockRef]*[maxPeers]uint32{}, acked: map[torus.VolumeID]ackedUpTo{}, heads: map[torus.VolumeID]uint64{},
+		synced: map[torus.BlockRef]*[maxPeers]uint32{}, acked: map[torus.VolumeID]ackedUpTo{}, states: map[torus.VolumeID]*models.VolumeState{},
 		fail: func(error) {},
 	}
 }
@@ -259,18 +259,29 @@ func (w *Witness) upTo(volume torus.VolumeID, epoch uint64) uint64 {
 	return 0
 }
 
-// whole reports whether every peer of a set, or as many as there must be if that is not known, has a record, durably if it must be.
-func (w *Witness) whole(s *sighting, set torus.PeerList, durable bool) bool {
-	has := func(p *Peer) bool {
-		if durable {
-			l := w.synced[s.ref]
-			return l != nil && l[p.index] >= s.end
-		}
-		return s.by&(1<<p.index) != 0
-	}
+// whole reports whether every peer of a set, or as many as there must be if that is not known, has a record.
+func (w *Witness) whole(s *sighting, set torus.PeerList) bool {
+	return w.held(s, set, func(p *Peer) bool { return s.by&(1<<p.index) != 0 })
+}
+
+// durable is whole, and each has said that it is durable.
+func (w *Witness) durable(s *sighting, set torus.PeerList) bool {
+	l := w.synced[s.ref]
+	return l != nil && w.held(s, set, func(p *Peer) bool { return l[p.index] >= s.end })
+}
+
+// promised is durable at peers that have promised to obey none older than epoch, if the record was found in an older one's block (model rule 6).
+func (w *Witness) promised(s *sighting, epoch uint64) bool {
+	l := w.synced[s.ref]
+	return l != nil && w.held(s, nil, func(p *Peer) bool {
+		return l[p.index] >= s.end && (uint64(s.ref.INode) >= epoch || !p.Up || p.Service.Fence(s.ref.Volume) >= epoch)
+	})
+}
+
+func (w *Witness) held(s *sighting, set torus.PeerList, has func(*Peer) bool) bool {
 	n := 0
 	for _, p := range w.c.Peers {
-		if has(p) && (set == nil || slices.Contains(set, p.ID)) {
+		if (set == nil || slices.Contains(set, p.ID)) && has(p) {
 			n++
 		}
 	}
@@ -286,7 +297,7 @@ func (w *Witness) Flushed(volume torus.VolumeID, epoch, seq uint64) error {
 	for n := st.GetHead().GetSeq() + 1; n <= seq; n++ {
 		if !slices.ContainsFunc(w.seqs[seqKey{volume, n}], func(s *sighting) bool {
 			set, _ := w.registered(st, s.ref)
-			return set != nil && w.whole(s, set, true)
+			return set != nil && w.durable(s, set)
 		}) {
 			return violated("D1", "epoch %d acknowledged a flush, and record %d is not durable on the whole set of any block", epoch, n)
 		}
@@ -298,13 +309,24 @@ func (w *Witness) Flushed(volume torus.VolumeID, epoch, seq uint64) error {
 // has been acknowledged is still within the window.
 func (w *Witness) Committed(volume torus.VolumeID) {
 	st := w.c.MDS.Peek(volume)
-	head := st.GetHead().GetSeq()
-	for n := w.heads[volume] + 1; n <= head; n++ {
-		if !slices.ContainsFunc(w.seqs[seqKey{volume, n}], func(s *sighting) bool { return w.whole(s, nil, true) }) {
-			w.fail(violated("D1", "the head of epoch %d covers record %d, which is not durable in %d copies of any block", st.GetHead().GetEpoch(), n, w.c.opt.Replication))
+	old := w.states[volume]
+	w.states[volume] = st
+	head, number, by := st.GetHead().GetSeq(), st.GetHead().GetNumber(), st.GetHead().GetEpoch()
+	if head < old.GetHead().GetSeq() || number < old.GetHead().GetNumber() || st.GetEpoch() < old.GetEpoch() {
+		w.fail(violated("L1", "the state of epoch %d goes back from INode %d, record %d, to INode %d, record %d, of epoch %d",
+			old.GetEpoch(), old.GetHead().GetNumber(), old.GetHead().GetSeq(), number, head, st.GetEpoch()))
+	}
+	if a, b := old.GetOpen(), st.GetOpen(); a.GetEpoch() == b.GetEpoch() && hi(b) < hi(a) {
+		w.fail(violated("W1", "the window of epoch %d ended at block %d, and now ends at %d", a.GetEpoch(), hi(a), hi(b)))
+	}
+	for n := old.GetHead().GetSeq() + 1; n <= head; n++ {
+		l := w.seqs[seqKey{volume, n}]
+		if !slices.ContainsFunc(l, func(s *sighting) bool { return w.durable(s, nil) }) {
+			w.fail(violated("D1", "the head of epoch %d covers record %d, which is not durable in %d copies of any block", by, n, w.c.opt.Replication))
+		} else if !slices.ContainsFunc(l, func(s *sighting) bool { return w.promised(s, by) }) {
+			w.fail(violated("L1", "the head of epoch %d covers record %d, of which peers have copies that have not promised to obey that epoch", by, n))
 		}
 	}
-	w.heads[volume] = max(head, w.heads[volume])
 	if st.GetOpen() == nil {
 		return
 	}
@@ -312,9 +334,17 @@ func (w *Witness) Committed(volume torus.VolumeID) {
 	for n := head + 1; n <= w.upTo(volume, epoch); n++ {
 		if !slices.ContainsFunc(w.seqs[seqKey{volume, n}], func(s *sighting) bool {
 			set, _ := w.registered(st, s.ref)
-			return set != nil && w.whole(s, set, false)
+			return set != nil && w.whole(s, set)
 		}) {
 			w.fail(violated("W1", "record %d of epoch %d was acknowledged, is not under the head, and in no block of the window %d copies have it", n, epoch, w.c.opt.Replication))
 		}
 	}
+}
+
+// hi is where a window ends.
+func hi(w *models.Window) uint64 {
+	if n := len(w.GetSpans()); n > 0 {
+		return w.Spans[n-1].Hi
+	}
+	return 0
 }
