@@ -18,6 +18,7 @@ import (
 //   - W1: nothing is appended to a block of the log that is not registered.
 //   - D1: when a flush is acknowledged, or a head committed, the whole set of some block has made durable each record that it covers; and as long as
 //     neither is, the window has each acknowledged record in a block that counts.
+//   - D3: no block is to be deleted that the head lists.
 //   - P1: blocks are on the peers where the ring, as anybody can read it, puts them.
 type Witness struct {
 	c    *Cluster
@@ -28,6 +29,7 @@ type Witness struct {
 	synced map[torus.BlockRef]*[maxPeers]uint32
 	acked  map[torus.VolumeID]ackedUpTo
 	states map[torus.VolumeID]*models.VolumeState // as last seen
+	heads  map[torus.VolumeID]*committed          // as they were when something was to be deleted last
 	hdr    record.Header
 	fail   func(error)
 }
@@ -66,7 +68,7 @@ type pageSighting struct {
 func newWitness(c *Cluster) *Witness {
 	return &Witness{
 		c: c, recs: map[torus.BlockRef][]*sighting{}, page: map[pageKey][]pageSighting{}, seqs: map[seqKey][]*sighting{},
-		synced: map[torus.BlockRef]*[maxPeers]uint32{}, acked: map[torus.VolumeID]ackedUpTo{}, states: map[torus.VolumeID]*models.VolumeState{},
+		synced: map[torus.BlockRef]*[maxPeers]uint32{}, acked: map[torus.VolumeID]ackedUpTo{}, states: map[torus.VolumeID]*models.VolumeState{}, heads: map[torus.VolumeID]*committed{},
 		fail: func(error) {},
 	}
 }
@@ -81,6 +83,8 @@ type watched struct {
 // Submit implements torus.BlockStore.
 func (s *watched) Submit(r *torus.Request) {
 	switch r.Op {
+	case torus.OpDelete:
+		s.w.deleting(s.p, r.Ref)
 	case torus.OpAppend, torus.OpSync, torus.OpSeal, torus.OpPut:
 		done := r.Done
 		r.Done = func(r *torus.Request) {
@@ -112,6 +116,27 @@ func (w *Witness) answered(p *Peer, r *torus.Request) {
 		w.synced[r.Ref] = l
 	}
 	l[p.index] = max(l[p.index], durable)
+}
+
+// deleting takes a request to delete.
+func (w *Witness) deleting(p *Peer, ref torus.BlockRef) {
+	head := w.c.MDS.Peek(ref.Volume).GetHead()
+	if head == nil {
+		return
+	}
+	x := w.heads[ref.Volume]
+	if x == nil || x.inode.Number != head.Number {
+		x = &committed{c: w.c, vol: &models.Volume{Id: uint64(ref.Volume)}, inode: &models.INode{}, now: true}
+		if _, err := x.load(); err != nil {
+			return // nobody can say at this moment
+		}
+		w.heads[ref.Volume] = x
+	}
+	for _, b := range x.blocks {
+		if b.used && b.ref == ref && b.live > 0 {
+			w.fail(violated("D3", "%s is asked to delete %v, which INode %d, the head, lists", p.Name, ref, head.Number))
+		}
+	}
 }
 
 func (w *Witness) find(ref torus.BlockRef, off uint32) *sighting {

@@ -170,8 +170,9 @@ var mutants = []Mutant{
 		Edits: []Edit{{"	if err := a.copies(); err != nil { // step 5\n", "	f.takeMeta(t)\n	err := f.commit(t, func(s *models.VolumeState) {\n		s.Open = &models.Window{Epoch: f.epoch, Spans: []*models.Span{f.newSpan(f.next, windowBlocks)}}\n	})\n	f.releaseMeta()\n	if err != nil {\n		return err\n	}\n	if err := a.copies(); err != nil { // step 5\n"}},
 	},
 	{
-		Name: "attach-keeps-serving", Rule: "a writer that was told of a newer epoch goes on", File: "file/ack.go",
+		Name: "fenced-goes-on", Rule: "a writer that is told of a newer epoch goes on", File: "file/ack.go",
 		Edits: []Edit{{"		f.fenced(q.Fence)\n		return\n", "		return\n"}},
+		More:  map[string][]Edit{"file/file.go": {{"			if errors.Is(r.Err, torus.ErrFenced) && f.err == nil {", "			if errors.Is(r.Err, torus.ErrFenced) && f.err != nil {"}}},
 	},
 
 	// Stores, by their crash tests.
@@ -188,7 +189,7 @@ var mutants = []Mutant{
 	{
 		Name: "seal-no-trunc-durable", Rule: "a seal that drops a tail leaves it counted as durable", File: "storage/seal.go",
 		Edits:   []Edit{{"		o.durable = min(o.durable, r.Len)\n", "		_ = o\n"}},
-		Package: "./storage", Test: "^TestCrash",
+		Package: "./storage", Test: "^Test(Crash|SealThat)",
 	},
 	{
 		Name: "delete-reuses-early", Rule: "a slot is used again before its block's deletion is durable", File: "storage/seal.go",
