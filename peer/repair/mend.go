@@ -186,7 +186,7 @@ func (r *Repairer) extend(t *loop.Task, it *item, off uint32) error {
 	return r.seal(t, it)
 }
 
-// gathering reads a block record by record from whoever has a good one.
+// gathering reads a block record by record from whoever has a good one, and page by page what nobody has whole.
 type gathering struct {
 	r      *Repairer
 	it     *item
@@ -251,6 +251,10 @@ func (g *gathering) some(t *loop.Task, b []byte, off uint32) (int, error) {
 			g.away = true
 		}
 	}
+	if n := g.assemble(t, b, off); n > 0 {
+		g.others = true
+		return n, nil
+	}
 	if g.away {
 		return 0, fmt.Errorf("peers that may have a copy are not there: %w", torus.ErrBlockUnavailable)
 	}
@@ -293,6 +297,45 @@ func (g *gathering) one(t *loop.Task, p torus.PeerID, b []byte, off uint32) (int
 		return 0, torus.ErrCorrupt
 	}
 	return g.read(t, p, b[:g.hdr.Size()], off)
+}
+
+// assemble makes a record of which no copy is whole out of the pages that are, each by the checksum that the header has of it.
+func (g *gathering) assemble(t *loop.Task, b []byte, off uint32) int {
+	var crcs []uint32
+	for _, p := range g.from {
+		head := b[:record.HeaderSize]
+		q := &torus.Request{Op: torus.OpRead, Ref: g.it.ref, Off: off, Len: uint32(len(head)), Data: head}
+		if g.r.ask(t, p, q) == nil && g.hdr.Decode(head) == nil && g.hdr.Ref == g.it.ref && g.hdr.Offset == off && g.hdr.Size() <= len(b) {
+			g.hdr.Encode(head) // with nothing behind it
+			crcs = slices.Clone(g.hdr.CRCs)
+			break
+		}
+	}
+	if len(crcs) == 0 {
+		return 0
+	}
+	got := make([]bool, len(crcs))
+	left := len(crcs)
+	page := make([]byte, torus.PageSize)
+	for _, p := range g.from {
+		for i, crc := range crcs {
+			if got[i] {
+				continue
+			}
+			at := record.HeaderSize + i*torus.PageSize
+			g.r.sleep(t, g.r.copy.take(g.r.cfg.Loop.Now(), len(page)))
+			q := &torus.Request{Op: torus.OpRead, Ref: g.it.ref, Off: off + uint32(at), Len: torus.PageSize, Data: page}
+			if g.r.ask(t, p, q) == nil && record.Checksum(page) == crc {
+				copy(b[at:], page)
+				got[i] = true
+				left--
+			}
+		}
+	}
+	if left > 0 {
+		return 0
+	}
+	return wholeRecords(g.it.ref, off, b[:record.HeaderSize+len(crcs)*torus.PageSize], &g.hdr)
 }
 
 // wholeRecords returns how many bytes at the beginning of b, which is byte off of the block, are whole, verified records.

@@ -55,7 +55,7 @@ func TestNothingToDo(t *testing.T) {
 
 // D1: a peer that is removed for good is replaced copy by copy by the others.
 func TestPeerRemoved(t *testing.T) {
-	for seed := range uint64(5) {
+	for seed := range uint64(3) {
 		r := written(t, seed, 4, 2)
 		dead := r.nodes[seed%4]
 		lost := len(r.listedAt(dead))
@@ -177,7 +177,7 @@ func TestRot(t *testing.T) {
 	if err := r.whole(); err == nil {
 		t.Fatal("nothing has rotted")
 	}
-	r.v.RunFor(61 * time.Minute) // the next scrub
+	r.v.RunFor(6 * time.Minute) // the next scrub
 	r.settled(time.Minute)
 	if n := r.repaired(); n != uint64(rotten) {
 		t.Fatalf("%d blocks repaired, %d were rotten", n, rotten)
@@ -189,7 +189,7 @@ func TestRot(t *testing.T) {
 func TestAllCopiesBad(t *testing.T) {
 	r := written(t, 8, 2, 2)
 	r.settled(20 * time.Second)
-	var lost, split *file.Listed
+	var lost, split, mixed *file.Listed
 	all, _ := r.listed()
 	for i := range all {
 		b := &all[i]
@@ -200,21 +200,24 @@ func TestAllCopiesBad(t *testing.T) {
 				lost = b
 			} else if split == nil {
 				split = b
+			} else {
+				mixed = b
 			}
 		}
 	}
-	if split == nil {
+	if mixed == nil {
 		t.Fatal("no blocks of several records")
 	}
 	for i, n := range r.nodes {
 		n.rot(lost.Ref, lost.Length-100)
 		n.rot(split.Ref, []uint32{5000, split.Length - 100}[i])
+		n.rot(mixed.Ref, []uint32{5000, 3*torus.PageSize + 100}[i]) // other pages of one record
 	}
 	before := [2][]byte{}
 	for i, n := range r.nodes {
 		before[i], _ = n.blockOf(lost.Ref, lost.Length)
 	}
-	r.v.RunFor(65 * time.Minute)
+	r.v.RunFor(8 * time.Minute)
 	for i, n := range r.nodes {
 		s := n.rep.Stats()
 		if s.Corrupt != 1 || s.Short != 1 || n.rep.Whole() {
@@ -224,8 +227,10 @@ func TestAllCopiesBad(t *testing.T) {
 		if err != nil || string(after) != string(before[i]) {
 			t.Errorf("%s: the bad copy has changed: %v", n.name, err)
 		}
-		if got, err := n.blockOf(split.Ref, split.Length); err != nil || !sound(split.Ref, got) {
-			t.Errorf("%s: parts that were good did not make a whole: %v", n.name, err)
+		for _, b := range []*file.Listed{split, mixed} {
+			if got, err := n.blockOf(b.Ref, b.Length); err != nil || !sound(b.Ref, got) {
+				t.Errorf("%s: parts that were good did not make a whole of %v: %v", n.name, b.Ref, err)
+			}
 		}
 	}
 }
@@ -377,12 +382,12 @@ func TestUnknown(t *testing.T) {
 
 // Close ends everything, wherever it is.
 func TestClose(t *testing.T) {
-	for seed := range uint64(20) {
+	for seed := range uint64(8) {
 		r := written(t, seed, 3, 2)
 		r.nodes[0].kill()
 		r.remove(r.nodes[0])
 		n := r.nodes[1]
-		r.v.RunFor(time.Duration(seed) * 150 * time.Millisecond)
+		r.v.RunFor(time.Duration(seed) * 400 * time.Millisecond)
 		closed := 0
 		n.l.Post(func() { n.rep.Close(func() { closed++ }) })
 		if !r.v.Run(func() bool { return closed > 0 }, 20*time.Second) {

@@ -144,7 +144,7 @@ func (n *node) start() {
 	mds := r.mds.Client()
 	cfg := repair.Config{
 		Loop: n.l, Dist: r.dist(n.l, mds, n.name, hello), MDS: mds, Local: n.service, ID: n.id, BlockSize: rigBlock, Log: log,
-		ScrubEvery: time.Hour, ScrubRate: 1 << 30, CopyRate: 1 << 30,
+		ScrubEvery: 5 * time.Minute, ScrubRate: 1 << 30, CopyRate: 1 << 30,
 	}
 	if r.tune != nil {
 		r.tune(&cfg)
