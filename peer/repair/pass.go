@@ -49,6 +49,9 @@ type item struct {
 	seal    bool // it is all there, and only has to be sealed
 }
 
+// errDeleted: there is no such volume any more. Other things that do not exist, such as a ring, are no proof of that.
+var errDeleted = errors.New("the volume was deleted")
+
 // pass looks through every volume. An error means that something could not be found out.
 func (r *Repairer) pass(t *loop.Task) ([]item, error) {
 	began := r.cfg.Dist.Ring().Version()
@@ -68,8 +71,8 @@ func (r *Repairer) pass(t *loop.Task) ([]item, error) {
 		}
 		id := torus.VolumeID(v.Id)
 		items, err := r.passVolume(t, id)
-		if errors.Is(err, torus.ErrNotExist) {
-			continue // deleted meanwhile
+		if err == errDeleted {
+			continue
 		}
 		there[id] = true
 		if err != nil {
@@ -138,10 +141,13 @@ func (r *Repairer) volume(id torus.VolumeID) *volume {
 
 func (r *Repairer) state(t *loop.Task, id torus.VolumeID) (st torus.VolumeState, err error) {
 	r.call(t, func(ctx context.Context) { st, err = r.cfg.MDS.VolumeState(ctx, id) })
+	if errors.Is(err, torus.ErrNotExist) {
+		err = errDeleted
+	}
 	return st, err
 }
 
-// passVolume looks through one volume and returns what is to be done. ErrNotExist: there is no such volume any more.
+// passVolume looks through one volume and returns what is to be done.
 func (r *Repairer) passVolume(t *loop.Task, id torus.VolumeID) ([]item, error) {
 	st, err := r.state(t, id)
 	if err != nil {
@@ -170,7 +176,7 @@ func (r *Repairer) passVolume(t *loop.Task, id torus.VolumeID) ([]item, error) {
 	if err != nil {
 		if now, serr := r.state(t, id); serr == nil && (now.Head == nil || now.Head.Number != st.Head.Number) {
 			r.changed = true // it has moved on while it was read
-		} else if errors.Is(serr, torus.ErrNotExist) {
+		} else if serr == errDeleted {
 			return nil, serr
 		}
 		return nil, err
