@@ -206,12 +206,11 @@ func TestSealThatFailsStaysShort(t *testing.T) {
 		w.loop.Post(f)
 		w.sim.RunFor(0)
 	}
-	for range 2 {
-		step(func() { w.appendTo(1) })
-	}
-	step(func() { w.syncOf(1) })
-	if err := w.settle(); err != nil {
-		t.Fatal(err)
+	for _, f := range []func(){func() { w.appendTo(1) }, func() { w.appendTo(1) }, func() { w.syncOf(1) }} {
+		step(f)
+		if err := w.settle(); err != nil {
+			t.Fatal(err)
+		}
 	}
 	fail = true
 	tail := func() (t torus.Tail) {
