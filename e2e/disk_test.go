@@ -245,11 +245,15 @@ func TestRotInEveryCopy(t *testing.T) {
 	b.interrupt(t, syscall.SIGTERM, 15*time.Second)
 	lost := func(page uint64) bool { return page%8 == 3 }
 	flipped := 0
-	for _, p := range c.peers {
+	for _, p := range c.peers { // all at once: a peer that starts beside one whose copies are good still would mend its own
 		p.kill()
+	}
+	for _, p := range c.peers {
 		for _, f := range slotFiles(t, c.peerDir(p.name)) {
 			flipped += flipBytes(t, f, in, lost)
 		}
+	}
+	for _, p := range c.peers {
 		p.start(t)
 	}
 	if want := 2 * pages / 8; flipped != want {
