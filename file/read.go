@@ -39,6 +39,34 @@ type readRun struct {
 	bounce *buf.Buf // the page, if only a part of it is wanted: then dst is that part, from byte in on
 	dst    []byte
 	in     int
+	asked  bool // replicas have been asked before
+	moved  func() error
+}
+
+// errMoved ends a read of a place that is not where the newest bytes are any more.
+var errMoved = errors.New("the page has been written since")
+
+// hasMoved is asked whenever a read that waits for replicas is about to ask again. What it waits for may have been overwritten
+// meanwhile, its block may be deleted, and a replica that is gone for good may never answer.
+func (x *readRun) hasMoved() error {
+	f := x.op.f
+	if f.err != nil {
+		return f.err
+	}
+	if !x.asked {
+		x.asked = true
+		return nil
+	}
+	for i, e := range x.e {
+		page := x.first + uint64(i)
+		if _, _, ok := f.over.get(page); ok {
+			return errMoved
+		}
+		if now, ok := f.m.get(page); !ok || now != e {
+			return errMoved
+		}
+	}
+	return nil
 }
 
 func (f *File) read(r *device.Request) {
@@ -158,7 +186,9 @@ func (f *File) newRun() *readRun {
 		f.freeRuns = f.freeRuns[:n-1]
 		return x
 	}
-	return &readRun{}
+	x := &readRun{}
+	x.moved = x.hasMoved
+	return x
 }
 
 func (x *readRun) start() {
@@ -168,15 +198,15 @@ func (x *readRun) start() {
 	if x.bounce != nil {
 		dst = x.bounce.Bytes()[:pageSize]
 	}
-	f.readAt(e, dst, x, runVerify, runDone)
+	f.readAt(e, dst, x, x.moved, runVerify, runDone)
 }
 
 // readAt reads the run of pages that begins at e into dst from whichever replica has it.
-func (f *File) readAt(e entry, dst []byte, user any, verify func(*distributor.Read) bool, done func(*distributor.Read)) {
+func (f *File) readAt(e entry, dst []byte, user any, until func() error, verify func(*distributor.Read) bool, done func(*distributor.Read)) {
 	b := &f.table.e[e.slot()]
 	rd := f.dist.NewRead()
 	rd.Ref, rd.Off, rd.Data, rd.Set = b.ref, e.page()*pageSize, dst, b.peers
-	rd.User, rd.Verify, rd.Done, rd.Wait, rd.Until = user, verify, done, true, f.errFn
+	rd.User, rd.Verify, rd.Done, rd.Wait, rd.Until = user, verify, done, true, until
 	rd.Start()
 }
 
@@ -210,6 +240,9 @@ func runDone(rd *distributor.Read) {
 			one.start()
 		}
 	}
+	if err == errMoved {
+		op.stale, err = true, nil
+	}
 	if err != nil {
 		// The block may have been given up since the map was asked: then the map knows better by now.
 		for i, e := range x.e {
@@ -222,7 +255,7 @@ func runDone(rd *distributor.Read) {
 	if x.bounce != nil {
 		x.bounce.Release()
 	}
-	*x = readRun{e: x.e[:0]}
+	*x = readRun{e: x.e[:0], moved: x.moved}
 	f.freeRuns = append(f.freeRuns, x)
 	op.done(err)
 }
@@ -233,7 +266,7 @@ func (f *File) readNode(e entry, dst []byte, done func(error)) {
 		done(errLost)
 		return
 	}
-	f.readAt(e, dst, nil, func(rd *distributor.Read) bool {
+	f.readAt(e, dst, nil, f.errFn, func(rd *distributor.Read) bool {
 		return record.Checksum(rd.Data)&0xffffff == e.crc()
 	}, func(rd *distributor.Read) {
 		err := rd.Err
