@@ -343,6 +343,7 @@ func (r *Run) diskFails(k vfs.OpKind) (func(), bool) {
 	return func() {
 		p.fault = nil
 		if once {
+			p.powers++ // what it took between the failure and its noticing is lost as well
 			r.lostUnsynced()
 			p.Kill()
 			r.start(p)
