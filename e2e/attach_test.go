@@ -23,7 +23,7 @@ func TestWriterKilled(t *testing.T) {
 	b := forced
 	conn := dial(t, b.export(volume), startLimit)
 	var slowest, waited time.Duration
-	undone, n := uint64(0), rounds(t, 24, 200)
+	undone, n := uint64(0), rounds(t, 50, 200)
 	for i := range n {
 		stop := w.start(conn)
 		time.Sleep(time.Duration(100+i*37%400) * time.Millisecond)

@@ -28,7 +28,7 @@ func TestEtcdKilled(t *testing.T) {
 
 func testEtcdAway(t *testing.T, away, back func(*process)) {
 	const limit = time.Second
-	gone := 20 * time.Second
+	gone := 30 * time.Second
 	if soaking() {
 		gone = time.Minute
 	}

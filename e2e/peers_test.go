@@ -112,18 +112,19 @@ func TestPeerLoss(t *testing.T) {
 	t.Logf("before: %v", quiet)
 
 	for _, fault := range []struct {
-		name  string
-		limit time.Duration
-		hurt  func(p *process)
-		mend  func(p *process)
+		name   string
+		limit  time.Duration
+		rounds int // of a short run
+		hurt   func(p *process)
+		mend   func(p *process)
 	}{
-		{"killed", time.Second, (*process).kill, func(p *process) { p.start(t) }},
-		{"stopped", 3 * time.Second, (*process).freeze, (*process).thaw},
-		{"cut off", 3 * time.Second, func(p *process) { c.net.cut(t, c.net.isolated(p.name)...) }, func(*process) { c.net.heal(t) }},
+		{"killed", time.Second, 10, (*process).kill, func(p *process) { p.start(t) }},
+		{"stopped", 3 * time.Second, 10, (*process).freeze, (*process).thaw},
+		{"cut off", 3 * time.Second, 3, func(p *process) { c.net.cut(t, c.net.isolated(p.name)...) }, func(*process) { c.net.heal(t) }},
 	} {
 		var worst stall
 		var own time.Duration // the longest that is not the machine's
-		for i := range rounds(t, 3, 50) {
+		for i := range rounds(t, fault.rounds, 50) {
 			p := c.peers[i%3]
 			s.look()
 			fault.hurt(p.process)
