@@ -410,6 +410,11 @@ func (r *Run) calm() bool {
 			return false
 		}
 	}
+	for _, v := range r.vols {
+		if v.h.Promised() < v.h.Acked() {
+			return false // the only copy of something may be the one that would be damaged
+		}
+	}
 	return len(r.faults) == 0
 }
 

@@ -267,9 +267,9 @@ func (w *Witness) Acked(volume torus.VolumeID, epoch, page uint64, b []byte) err
 	return violated("F1", "a write of page %d was acknowledged by epoch %d with %d of %d copies in a block of its window%s", page, epoch, best, want, seen)
 }
 
-// holds reports whether a peer has a record that it accepted; one that has lost power since is believed.
+// holds reports whether a peer has a record that it accepted; one that has lost power since, or rots, is believed.
 func (w *Witness) holds(p *Peer, s *sighting) bool {
-	if !p.Up || p.powers != s.powers[p.index] || p.Store.Stats().Failed {
+	if !p.Up || p.Rotten || p.powers != s.powers[p.index] || p.Store.Stats().Failed {
 		return true
 	}
 	t, known := p.tail(s.ref)
