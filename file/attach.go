@@ -199,19 +199,22 @@ func (a *recovery) run() error {
 		return err
 	}
 	f.applied, f.flushed, f.held, f.sent, f.last, f.acked = a.seqUpTo, a.seqUpTo, a.seqUpTo, a.seqUpTo, a.seqUpTo, a.seqUpTo
+	// Enough peers must be there; and those that are alive get a moment to connect, lest the whole first window be placed on the
+	// few that were quickest.
+	grace := f.loop.Now() + fenceGrace
 	for warn := f.loop.Now() + time.Second; ; {
 		if f.err != nil {
 			return f.err
 		}
 		healthy, _ := f.dist.Room()
-		if healthy >= f.repl {
+		if healthy >= f.repl && (a.allConnected() || f.loop.Now() >= grace) {
 			break
 		}
 		if f.loop.Now() >= warn {
 			warn = f.loop.Now() + 5*time.Second
 			f.log.Warn("attach waits for peers", "healthy", healthy, "need", f.repl)
 		}
-		a.wait(time.Second)
+		a.wait(fenceGrace)
 	}
 	if err := a.copies(); err != nil { // step 5
 		return err
@@ -241,6 +244,12 @@ func (a *recovery) run() error {
 	}
 	f.sealBlocks(f.next) // step 6: the window's blocks, those of the rescue, and what the new INode was written to
 	return nil
+}
+
+// allConnected reports whether every member of the ring that is said to be alive can be talked to.
+func (a *recovery) allConnected() bool {
+	d := a.f.dist
+	return !slices.ContainsFunc(d.Ring().Members(), func(p torus.PeerID) bool { return d.Alive(p) && !d.Healthy(p) })
 }
 
 // again says that an attach that failed for want of a peer is worth beginning anew.

@@ -33,15 +33,16 @@ type fakeBlock struct {
 }
 
 type fakePeer struct {
-	id     torus.PeerID
-	r      *rig
-	blocks map[torus.BlockRef]*fakeBlock
-	fence  map[torus.VolumeID]uint64
-	up     bool
-	full   bool
-	drop   func(*torus.Request) error // a fault: non-nil fails the request
-	conns  []*fakeConn
-	hold   func(*torus.Request) bool // a request that this holds up is not served as long as it does
+	id       torus.PeerID
+	r        *rig
+	blocks   map[torus.BlockRef]*fakeBlock
+	fence    map[torus.VolumeID]uint64
+	up       bool
+	full     bool
+	drop     func(*torus.Request) error // a fault: non-nil fails the request
+	conns    []*fakeConn
+	connects time.Duration             // how long that takes
+	hold     func(*torus.Request) bool // a request that this holds up is not served as long as it does
 }
 
 type fakeConn struct {
@@ -342,7 +343,7 @@ func (r *rig) client(tune func(*file.Config)) *client {
 					p.conns = append(p.conns, x)
 					if p.up {
 						x.open = true
-						c.l.Post(up)
+						c.l.After(p.connects, up)
 					}
 					if r.now {
 						return nowConn{x}

@@ -27,6 +27,38 @@ func (r *rig) each(hold func(*torus.Request) bool, drop func(*torus.Request) err
 	}
 }
 
+// A peer that is alive and takes a moment longer to connect has its share of the first window all the same.
+func TestWindowWaitsForSlowConnections(t *testing.T) {
+	r := newRig(t, 1, 4, 2, 8<<20)
+	r.peers[2].connects, r.peers[3].connects = 100*time.Millisecond, time.Hour
+	r.attach(nil)
+	st, err := r.mds.Client().VolumeState(context.Background(), torus.VolumeID(r.vol.Id))
+	if err != nil {
+		t.Fatal(err)
+	}
+	has := map[string]int{}
+	for _, s := range st.Open.Spans {
+		for i := s.Lo; i < s.Hi; i++ {
+			if o := s.Overrides[i]; o != nil {
+				for _, p := range o.Peers {
+					has[string(p)]++
+				}
+				continue
+			}
+			ref := torus.BlockRef{Type: torus.TypeBlock, Volume: torus.VolumeID(r.vol.Id), INode: torus.INodeID(st.Open.Epoch), Index: torus.IndexID(i)}
+			for _, p := range r.ring.GetPeers(ref).Set(2) {
+				has[string(p[:])]++
+			}
+		}
+	}
+	if n := has[string(r.peers[2].id[:])]; n < 5 {
+		t.Errorf("the peer that connects after 100 ms is in the sets of %d blocks", n)
+	}
+	if n := has[string(r.peers[3].id[:])]; n > 0 {
+		t.Errorf("a peer that nobody can talk to is in the sets of %d blocks", n)
+	}
+}
+
 // Rule 4, W1: a record that was acknowledged keeps the block it was whole in within the window, until it is whole in a later one.
 func TestWindowKeepsHomeOfRolledRecords(t *testing.T) {
 	r := newRig(t, 1, 3, 2, 8<<20)
