@@ -3,4 +3,4 @@
 package sim
 
 // seeds is how many schedules are played unless TORUS_SEEDS says otherwise.
-const seeds = 1000
+const seeds = 2500
