@@ -287,6 +287,7 @@ func (r *Run) slowDisk(d time.Duration) (func(), bool) {
 	l.SetOffloadDelay(func(rng *rand.Rand) time.Duration { return d/2 + time.Duration(rng.Int64N(int64(d))) })
 	p.FS.SetSlowSyncs(1, d)
 	return func() {
+		r.slowUntil = max(r.slowUntil, r.V.Now()+2*d) // what is under way takes as long as it takes
 		l.SetOffloadDelay(nil)
 		p.FS.SetSlowSyncs(0.3, 3*time.Millisecond)
 	}, true
@@ -403,7 +404,8 @@ func (r *Run) rot() (func(), bool) {
 	return nil, true
 }
 
-// calm reports whether nobody is hurt, nor anybody attaching: from now on one peer has lost data.
+// calm reports whether nobody is hurt: from now on one peer has lost data. Nobody else may be slow to answer, either: an attach
+// waits 300 ms for the rest when it has heard one of each set, and believes a damaged replica that answers alone.
 func (r *Run) calm() bool {
 	for _, p := range r.Peers {
 		if !p.Up && !p.Gone || p.fault != nil || p.Gone || p.Loop.Paused() {
@@ -415,7 +417,7 @@ func (r *Run) calm() bool {
 			return false // the only copy of something may be the one that would be damaged
 		}
 	}
-	return len(r.faults) == 0
+	return len(r.faults) == 0 && r.V.Now() >= r.slowUntil
 }
 
 // wipe takes a peer's disk away. It must not come back under its old identity; a new peer takes its place.

@@ -25,16 +25,17 @@ type Run struct {
 	Faults                 map[string]int // by kind
 	Trace                  uint64         // hash of every event in order
 
-	p      profile
-	rng    *rand.Rand
-	vols   []*volume
-	n      int // processes made
-	err    error
-	faults []fault
-	again  time.Duration // when an attach that failed is tried again
-	victim *Peer         // has lost data, and alone may be hurt
-	wiped  bool
-	excess bool // more has been damaged than anybody promises to survive
+	p         profile
+	rng       *rand.Rand
+	vols      []*volume
+	n         int // processes made
+	err       error
+	faults    []fault
+	again     time.Duration // when an attach that failed is tried again
+	victim    *Peer         // has lost data, and alone may be hurt
+	wiped     bool
+	slowUntil time.Duration
+	excess    bool // more has been damaged than anybody promises to survive
 
 	mdsWeights []int
 	mdsSlow    func(*rand.Rand) time.Duration
