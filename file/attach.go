@@ -21,6 +21,9 @@ const (
 	// fenceGrace is how long an attach waits for the rest of the peers when it has heard enough: a restarted one may have lost
 	// an unsynced tail that another still has.
 	fenceGrace = 300 * time.Millisecond
+	// fencePatience is how long it waits for one of them that is connected: it will answer, or be found silent. What it has may be
+	// the only good copy of what another has lost to rot.
+	fencePatience = 5 * time.Second
 	// scanBytes is how many bytes of headers are asked for at a time.
 	scanBytes = 512 << 10
 	// copyBytes bounds a copy in one request, and copyBatch what a recovery holds in memory.
@@ -94,6 +97,8 @@ type oldBlock struct {
 
 type oldPeer struct {
 	asked, answered bool
+	failed          bool          // it could not answer, and is asked again now and then
+	askAgain        time.Duration // loop time
 	tails           map[torus.IndexID]uint32
 	committed       uint64
 }
@@ -326,7 +331,7 @@ func (a *recovery) fence() error {
 		}
 		for _, p := range a.order {
 			op := a.peers[p]
-			if op.asked || op.answered || !f.dist.Healthy(p) {
+			if op.asked || op.answered || !f.dist.Healthy(p) || op.failed && f.loop.Now() < op.askAgain {
 				continue
 			}
 			op.asked = true
@@ -340,6 +345,7 @@ func (a *recovery) fence() error {
 						fencedBy = r.Fence
 					case r.Err != nil:
 						f.log.Warn("fence", "peer", r.Peer, "err", r.Err)
+						op.failed, op.askAgain = true, f.loop.Now()+fenceGrace
 					default:
 						op.answered = true
 						op.committed = r.Committed
@@ -355,13 +361,20 @@ func (a *recovery) fence() error {
 		if fencedBy > f.epoch {
 			return fmt.Errorf("%w: epoch %d is being attached, this is %d", torus.ErrFenced, fencedBy, f.epoch)
 		}
-		missing, everybody := a.missing()
+		missing, connected, coming := a.missing()
 		now := f.loop.Now()
 		if len(missing) == 0 {
 			if covered < 0 {
 				covered = now
 			}
-			if everybody || now >= covered+fenceGrace {
+			wait := time.Duration(0)
+			switch {
+			case connected:
+				wait = fencePatience
+			case coming:
+				wait = fenceGrace
+			}
+			if now >= covered+wait {
 				break
 			}
 		} else if now >= warn {
@@ -380,8 +393,9 @@ func (a *recovery) fence() error {
 	return nil
 }
 
-// missing names the peers of blocks that nobody has answered for. everybody: all that are healthy or may soon be have answered.
-func (a *recovery) missing() (names []string, everybody bool) {
+// missing names the peers of blocks that nobody has answered for, and says whether there are peers that have not answered and are
+// connected, or alive and may soon be.
+func (a *recovery) missing() (names []string, connected, coming bool) {
 	want := map[torus.PeerID]bool{}
 	for _, b := range a.blocks {
 		ok := false
@@ -394,16 +408,16 @@ func (a *recovery) missing() (names []string, everybody bool) {
 			}
 		}
 	}
-	everybody = true
 	for _, p := range a.order {
 		if want[p] {
 			names = append(names, a.f.dist.Describe(p))
 		}
-		if !a.peers[p].answered && (a.f.dist.Healthy(p) || a.f.dist.Alive(p)) {
-			everybody = false
+		if !a.peers[p].answered {
+			connected = connected || a.f.dist.Healthy(p) && !a.peers[p].failed
+			coming = coming || a.f.dist.Alive(p)
 		}
 	}
-	return names, everybody
+	return names, connected, coming
 }
 
 func (f *File) readRaw(t *loop.Task, ref torus.BlockRef, set torus.PeerList, off, n uint32) ([]byte, error) {

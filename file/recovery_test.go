@@ -159,3 +159,47 @@ func TestRecoveredRecordsAreDurable(t *testing.T) {
 		})
 	}
 }
+
+// W1, D1: what one replica has lost to rot is waited for at the other, which is connected and takes its time.
+func TestRecoveryWaitsForASlowPeer(t *testing.T) {
+	r := newRig(t, 1, 3, 2, 8<<20)
+	c := r.attach(nil)
+	for i := range 3 {
+		c.must(&device.Request{Op: device.Write, Off: uint64(i) << 12, Data: pg(5, 1), Flags: device.FUA})
+	}
+	c.kill()
+	l, ref := r.holders()
+	l[0].blocks[ref].data = l[0].blocks[ref].data[:8192]
+	ready := r.v.Now() + 2*time.Second
+	l[1].hold = func(q *torus.Request) bool { return q.Op == torus.OpFence && r.v.Now() < ready }
+	c = r.attach(nil)
+	b := make([]byte, 3<<12)
+	c.must(&device.Request{Op: device.Read, Data: b})
+	for i := range 3 {
+		if b[i<<12] != 5 {
+			t.Errorf("D1: flushed write %d is lost", i)
+		}
+	}
+}
+
+// A peer that cannot keep its promise, as its disk has failed, is neither waited for nor asked without a pause.
+func TestRecoveryWithAPeerThatFails(t *testing.T) {
+	r := newRig(t, 1, 3, 2, 8<<20)
+	c := r.attach(nil)
+	c.must(&device.Request{Op: device.Write, Data: pg(5, 1), Flags: device.FUA})
+	c.kill()
+	l, _ := r.holders()
+	asked := 0
+	l[0].drop = func(q *torus.Request) error {
+		if q.Op != torus.OpFence {
+			return nil
+		}
+		asked++
+		return torus.ErrIO
+	}
+	began := r.v.Now()
+	c = r.attach(nil)
+	if took := r.v.Now() - began; took > 4*time.Second || asked > 15 {
+		t.Errorf("attach took %v and asked it %d times", took, asked)
+	}
+}
