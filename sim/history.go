@@ -166,8 +166,12 @@ func Stamp(b []byte, seed, page, n uint64) {
 		binary.LittleEndian.PutUint64(b[s+8:], page)
 		binary.LittleEndian.PutUint64(b[s+16:], n)
 	}
-	binary.LittleEndian.PutUint32(b[PageSize-4:], record.Checksum(b[:PageSize-4]))
+	binary.LittleEndian.PutUint32(b[PageSize-4:], stampSum(b))
 }
+
+// stampSum is the checksum in a stamped page: not the CRC itself, for the CRC of bytes that end with their own CRC is the same for all, and
+// checksums of stamped pages could then not tell one from another.
+func stampSum(b []byte) uint32 { return record.Checksum(b[:PageSize-4]) * 0x9e3779b1 }
 
 // errTorn: a page that is neither old nor new.
 var errTorn = errors.New("torn or foreign page")
@@ -187,7 +191,7 @@ func ReadStamp(b []byte, seed, page uint64) (uint64, error) {
 			return 0, nil
 		}
 	}
-	if record.Checksum(b[:PageSize-4]) != binary.LittleEndian.Uint32(b[PageSize-4:]) {
+	if stampSum(b) != binary.LittleEndian.Uint32(b[PageSize-4:]) {
 		return 0, violated("C1", "page %d: checksum: %w", page, errTorn)
 	}
 	if s, p := binary.LittleEndian.Uint64(b), binary.LittleEndian.Uint64(b[8:]); s != seed || p != page {

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"maps"
 	"testing"
+
+	"github.com/coreos/torus/record"
 )
 
 func whose(err error) string {
@@ -119,5 +121,18 @@ func TestHistoryZeroesAndFailures(t *testing.T) {
 	}
 	if err := h.Read(1, make([]byte, PageSize), h.Floor(1)); whose(err) != "C1" {
 		t.Error("a result once read un-happened, unnoticed")
+	}
+}
+
+// Stamped pages have checksums of their own, or what is checked with those would pass for anything.
+func TestStampsDiffer(t *testing.T) {
+	sums := map[uint32]bool{}
+	for n := range uint64(100) {
+		b := make([]byte, PageSize)
+		Stamp(b, 7, 1, n+1)
+		sums[record.Checksum(b)] = true
+	}
+	if len(sums) < 100 {
+		t.Fatalf("100 pages have %d checksums", len(sums))
 	}
 }
