@@ -198,7 +198,7 @@ func TestRecoveryWithAPeerThatFails(t *testing.T) {
 		return torus.ErrIO
 	}
 	began := r.v.Now()
-	c = r.attach(nil)
+	r.attach(nil)
 	if took := r.v.Now() - began; took > 4*time.Second || asked > 15 {
 		t.Errorf("attach took %v and asked it %d times", took, asked)
 	}

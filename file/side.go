@@ -79,6 +79,9 @@ func (w *sideWriter) record(f *File, pages int, grow bool) (*sideRec, error) {
 func (w *sideWriter) close(f *File, r *sideRec) {
 	r.blk.end = r.off + uint32(len(r.mem()))
 	r.hdr.Ref, r.hdr.Offset, r.hdr.Flushed = r.blk.ref, r.off, f.flushed
+	if r.hdr.Seq > 0 {
+		r.hdr.Flushed = min(f.flushed, r.hdr.Seq-1) // a copy is durable no sooner than it has been synced
+	}
 	r.hdr.Encode(r.b.Bytes()[:record.HeaderSize])
 	f.table.setLength(r.blk.slot, r.blk.end/pageSize)
 }
