@@ -246,8 +246,9 @@ func (f *osFile) Size() (int64, error) {
 }
 
 func (f *osFile) Close() error {
-	if d := f.direct(); d != nil {
-		d.Close()
+	f.directOnce.Do(func() {}) // who has not needed it so far gets none any more
+	if f.directFile != nil {
+		f.directFile.Close()
 	}
 	return f.f.Close()
 }
