@@ -63,6 +63,8 @@ type Tail struct {
 	Ref    BlockRef
 	Length uint32 // bytes, a whole number of records, each verified by its checksums
 	Sealed bool
+	// Suspect: the store knows that it has lost some of the block, or cannot read all of it: others may hold more than Length.
+	Suspect bool
 }
 
 // Request is one operation on a BlockStore and, once Done is called, its result. It is made for
@@ -74,6 +76,9 @@ type Request struct {
 	Off   uint32 // bytes from the start of the block
 	Len   uint32 // bytes, or a count; see Op
 	Data  []byte // Append, Put: what to store, a multiple of PageSize. Read: where to put it. Scan: set by the store.
+	// Reserve, of an Append or Put, lets it take one of the slots that a store keeps back from ordinary writes: for what a full
+	// cluster needs in order to be recovered, and to become less full.
+	Reserve bool
 
 	// Done is called exactly once, on the loop of whoever submitted, possibly before Submit returns.
 	Done func(*Request)
@@ -120,7 +125,8 @@ type Store interface {
 // StoreStats is a store's account of itself, all in bytes.
 type StoreStats struct {
 	BlockSize uint64
-	Size      uint64 // what it may hold
-	Used      uint64 // slots taken × block size
+	Size      uint64 // what it may hold of ordinary writes: without the slots that it keeps back, see Request.Reserve
+	Used      uint64 // slots taken × block size; kept ones may be among them, so it can exceed Size
+	Full      bool   // a new block is refused now, unless it may take a kept slot
 	Failed    bool   // the medium failed; nothing more is accepted until it is opened and verified again
 }

@@ -155,7 +155,7 @@ func TestDaemonLife(t *testing.T) {
 		t.Fatal(peers)
 	}
 	p := peers[0]
-	if strings.HasSuffix(p.Address, ":0") || !strings.HasPrefix(p.Address, "tdp://127.0.0.1:") || p.SizeBytes != 64<<20 || p.State != StateOK ||
+	if strings.HasSuffix(p.Address, ":0") || !strings.HasPrefix(p.Address, "tdp://127.0.0.1:") || p.SizeBytes != 60<<20 || p.State != StateOK ||
 		p.Labels["zone"] != "a" || p.Incarnation == 0 {
 		t.Errorf("%v", p)
 	}

@@ -35,7 +35,7 @@ func stateOf(s torus.StoreStats) string {
 	switch {
 	case s.Failed:
 		return StateFailed
-	case s.Used+s.BlockSize > s.Size:
+	case s.Full, s.Used+s.BlockSize > s.Size:
 		return StateFull
 	case s.Used >= s.Size/100*nearFullPercent:
 		return StateNearFull

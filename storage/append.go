@@ -92,7 +92,7 @@ func (d *Disk) append(r *torus.Request) bool {
 
 	if !found {
 		var wait bool
-		if s, wait, err = d.allocate(); wait {
+		if s, wait, err = d.allocate(r.Reserve); wait {
 			return false
 		}
 		if err != nil {

@@ -21,7 +21,7 @@ import (
 
 const (
 	crashBlock = 8 * torus.PageSize
-	crashSlots = 7
+	crashSlots = 8 // one of them kept
 )
 
 var crashIdentity = storage.Identity{Peer: torus.PeerID{9}, ClusterID: "c", BlockSize: crashBlock}
@@ -165,7 +165,7 @@ func (w *world) step() {
 			return
 		}
 		b.data = append(b.data, data...)
-		w.submit(&torus.Request{Op: torus.OpAppend, Ref: ref, Off: uint32(off), Data: data}, func() { b.held = max(b.held, off+len(data)) })
+		w.submit(&torus.Request{Op: torus.OpAppend, Ref: ref, Off: uint32(off), Data: data, Reserve: w.rng.IntN(2) == 0}, func() { b.held = max(b.held, off+len(data)) })
 	case k < 15:
 		n := b.held
 		if b.seal >= 0 {
@@ -226,7 +226,7 @@ func (w *world) putBlock(ref torus.BlockRef, b *truth) {
 		most = uint32(b.seal)
 	}
 	b.data, b.put = data, len(data)
-	w.submit(&torus.Request{Op: torus.OpPut, Ref: ref, Data: data, Len: most}, func() {
+	w.submit(&torus.Request{Op: torus.OpPut, Ref: ref, Data: data, Len: most, Reserve: w.rng.IntN(2) == 0}, func() {
 		b.held, b.synced, b.seal, b.sealed, b.put = len(data), len(data), len(data), true, -1
 	})
 }
@@ -364,7 +364,7 @@ func (w *world) check(mem *vfs.Mem, killed bool) (tails map[torus.BlockRef]torus
 	for i := range uint64(crashSlots + 1) {
 		ref := torus.BlockRef{Volume: 7, INode: 1, Index: torus.IndexID(i)}
 		data := storetest.Record(ref, 0, i, 0, crashBlock/torus.PageSize-1)
-		err := do(&torus.Request{Op: torus.OpAppend, Ref: ref, Data: data}).Err
+		err := do(&torus.Request{Op: torus.OpAppend, Ref: ref, Data: data, Reserve: true}).Err
 		if err != nil {
 			if !errors.Is(err, torus.ErrOutOfSpace) {
 				return nil, fmt.Errorf("append after a crash: %w", err)

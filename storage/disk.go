@@ -45,6 +45,7 @@ type Disk struct {
 	perFile uint32
 	reserve uint64
 	limit   uint32 // slots that may be taken
+	kept    uint32 // of these, how many only by requests with Reserve
 	unlock  func() error
 
 	files []*file
@@ -138,8 +139,9 @@ func (d *Disk) Kind() string { return "disk" }
 func (d *Disk) Stats() torus.StoreStats {
 	return torus.StoreStats{
 		BlockSize: d.id.BlockSize,
-		Size:      uint64(d.limit) * d.id.BlockSize,
+		Size:      uint64(d.limit-d.kept) * d.id.BlockSize,
 		Used:      uint64(d.taken) * d.id.BlockSize,
+		Full:      d.taken >= d.limit-d.kept || d.scarce() && d.grow.why != "",
 		Failed:    d.failed,
 	}
 }
@@ -263,11 +265,37 @@ func (d *Disk) dropOpen(s uint32) {
 	}
 }
 
-// allocate takes a free slot, one that was written through if there is one. wait: there is none, but soon there may be.
-func (d *Disk) allocate() (s uint32, wait bool, err error) {
-	if d.taken >= d.limit {
+// keptSlots is how many of a store's slots are kept back (torus.Request.Reserve): enough for some copies that a recovery makes and for
+// the metadata of checkpoints, and few beside the rest. A store of less than 8 has none to spare.
+func keptSlots(limit uint32) uint32 {
+	switch {
+	case limit < 8:
+		return 0
+	case limit < 16:
+		return 1
+	}
+	return min(max(limit/16, 2), 16)
+}
+
+// scarce reports whether no more free slots are left, in the files that there are, than are kept back.
+func (d *Disk) scarce() bool { return uint32(len(d.slots))-d.taken <= d.kept }
+
+// allocate takes a free slot, one that was written through if there is one. wait: there is none, but soon there may be. reserve: it may be
+// one that is kept back.
+func (d *Disk) allocate(reserve bool) (s uint32, wait bool, err error) {
+	limit := d.limit
+	if !reserve {
+		limit -= d.kept
+	}
+	if d.taken >= limit {
 		return 0, false, fmt.Errorf("all %d slots of the store are taken (its size is %d bytes); delete volumes or add peers: %w",
-			d.limit, uint64(d.limit)*d.id.BlockSize, torus.ErrOutOfSpace)
+			limit, uint64(limit)*d.id.BlockSize, torus.ErrOutOfSpace)
+	}
+	if !reserve && d.scarce() { // those that are left are kept, and must not be the last that the disk has room for
+		if d.startGrowing() {
+			return 0, true, nil
+		}
+		return 0, false, fmt.Errorf("no free slot: %s: %w", d.grow.why, torus.ErrOutOfSpace)
 	}
 	var raw *file
 	for _, f := range d.files {

@@ -31,9 +31,9 @@ type grower struct {
 
 func slotsName(number uint32) string { return fmt.Sprintf("%s%06d", slotsPrefix, number) }
 
-// keepAhead has the next file made when less than half of one is left.
+// keepAhead has the next file made when less than half of one is left, beside what is kept.
 func (d *Disk) keepAhead() {
-	if left := uint32(len(d.slots)) - d.taken; left < (d.perFile+1)/2 {
+	if left := uint32(len(d.slots)) - d.taken; left < d.kept+(d.perFile+1)/2 {
 		d.startGrowing()
 	}
 }

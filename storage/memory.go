@@ -12,6 +12,7 @@ import (
 type Memory struct {
 	id      Identity
 	limit   uint32
+	kept    uint32 // see Disk
 	metrics *metrics
 	slots   []slot
 	blocks  []memoryBlock // of each slot
@@ -35,7 +36,7 @@ func NewMemory(cfg Config) (*Memory, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &Memory{id: cfg.Identity, limit: limit, page: make([]byte, torus.PageSize)}
+	m := &Memory{id: cfg.Identity, limit: limit, kept: keptSlots(limit), page: make([]byte, torus.PageSize)}
 	m.index.slots = &m.slots
 	if m.metrics, err = newMetrics(cfg.Registerer); err != nil {
 		return nil, err
@@ -50,7 +51,10 @@ func (m *Memory) Kind() string { return "memory" }
 
 // Stats implements torus.Store.
 func (m *Memory) Stats() torus.StoreStats {
-	return torus.StoreStats{BlockSize: m.id.BlockSize, Size: uint64(m.limit) * m.id.BlockSize, Used: uint64(m.index.n) * m.id.BlockSize}
+	return torus.StoreStats{
+		BlockSize: m.id.BlockSize, Size: uint64(m.limit-m.kept) * m.id.BlockSize, Used: uint64(m.index.n) * m.id.BlockSize,
+		Full: uint32(m.index.n) >= m.limit-m.kept,
+	}
 }
 
 // Close implements torus.Store. The blocks are gone.
@@ -186,7 +190,7 @@ func (m *Memory) append(r *torus.Request, s uint32, x *slot) error {
 		data = data[len(again):]
 	}
 	if x == nil {
-		if s, err = m.add(r.Ref); err != nil {
+		if s, err = m.add(r); err != nil {
 			return err
 		}
 		x = &m.slots[s]
@@ -200,9 +204,13 @@ func (m *Memory) append(r *torus.Request, s uint32, x *slot) error {
 }
 
 // add gives a new block a slot.
-func (m *Memory) add(ref torus.BlockRef) (s uint32, err error) {
-	if uint32(m.index.n) == m.limit {
-		return 0, fmt.Errorf("all %d slots of the store are taken: %w", m.limit, torus.ErrOutOfSpace)
+func (m *Memory) add(r *torus.Request) (s uint32, err error) {
+	limit := m.limit
+	if !r.Reserve {
+		limit -= m.kept
+	}
+	if uint32(m.index.n) >= limit {
+		return 0, fmt.Errorf("all %d slots of the store are taken: %w", limit, torus.ErrOutOfSpace)
 	}
 	if n := len(m.spare); n > 0 {
 		s, m.spare = m.spare[n-1], m.spare[:n-1]
@@ -211,7 +219,7 @@ func (m *Memory) add(ref torus.BlockRef) (s uint32, err error) {
 		m.slots = append(m.slots, slot{})
 		m.blocks = append(m.blocks, memoryBlock{})
 	}
-	m.slots[s] = slot{key: keyOf(ref), state: open, open: -1}
+	m.slots[s] = slot{key: keyOf(r.Ref), state: open, open: -1}
 	m.index.insert(s)
 	return s, nil
 }
@@ -225,7 +233,7 @@ func (m *Memory) put(r *torus.Request, s uint32, x *slot) error {
 		return err
 	}
 	if x == nil {
-		if s, err = m.add(r.Ref); err != nil {
+		if s, err = m.add(r); err != nil {
 			return err
 		}
 	}

@@ -81,7 +81,7 @@ func openDisk(cfg Config) (_ *Disk, err error) {
 		return nil, err
 	}
 	d := &Disk{
-		loop: cfg.Loop, fs: cfg.FS, id: id, log: cfg.Log, perFile: perFile, limit: limit, unlock: unlock, reserve: cfg.ReserveBytes,
+		loop: cfg.Loop, fs: cfg.FS, id: id, log: cfg.Log, perFile: perFile, limit: limit, kept: keptSlots(limit), unlock: unlock, reserve: cfg.ReserveBytes,
 		page: make([]byte, torus.PageSize), puts: map[key]*putting{},
 	}
 	d.index.slots = &d.slots

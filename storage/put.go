@@ -61,7 +61,7 @@ func (d *Disk) put(r *torus.Request) bool {
 		d.failPut(r, err)
 		return true
 	}
-	s, wait, err := d.allocate()
+	s, wait, err := d.allocate(r.Reserve)
 	if wait {
 		return false
 	}

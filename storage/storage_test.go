@@ -19,7 +19,7 @@ var identity = storage.Identity{
 func config(l loop.Loop, fsys vfs.FS) storage.Config {
 	return storage.Config{
 		Loop: l, FS: fsys, Identity: identity,
-		SizeBytes: storetest.Slots*storetest.BlockSize + 1000, SlotsPerFile: 5, ReserveBytes: 1 << 20,
+		SizeBytes: (storetest.Slots+storetest.Kept)*storetest.BlockSize + 1000, SlotsPerFile: 5, ReserveBytes: 1 << 20,
 	}
 }
 

@@ -16,8 +16,12 @@ import (
 // BlockSize is what the suite wants stores to be made with, in bytes: many small blocks.
 const BlockSize = 128 << 10
 
-// Slots is how many blocks a store of the suite must hold, no more and no fewer.
-const Slots = 12
+// Slots is how many blocks a store of the suite must hold of ordinary writes, no more and no fewer; Kept is how many more
+// with torus.Request.Reserve.
+const (
+	Slots = 12
+	Kept  = 1
+)
 
 // Bench is a store on a virtual loop, with calls that wait.
 type Bench struct {
@@ -647,6 +651,24 @@ func outOfSpace(t *testing.T, b *Bench) {
 		wantBlock(t, b, ref, blocks[i])
 	}
 	want(t, b.Append(more, 0, Record(more, 0, 1, 0, 1)), torus.ErrOutOfSpace)
+	if st := b.Store.Stats(); !st.Full || st.Used != st.Size {
+		t.Fatalf("stats %+v", st)
+	}
+	// What a full cluster needs finds room still: but no more than that.
+	kept := func(ref torus.BlockRef) *torus.Request {
+		return &torus.Request{Op: torus.OpAppend, Ref: ref, Data: Record(ref, 0, 1, 0, 1), Reserve: true}
+	}
+	for i := range uint64(Kept) {
+		must(t, b.Do(kept(Ref(200+i))).Err)
+	}
+	want(t, b.Do(kept(Ref(299))).Err, torus.ErrOutOfSpace)
+	for i := range uint64(Kept) {
+		must(t, b.Delete(Ref(200+i)))
+		want(t, b.Append(more, 0, Record(more, 0, 1, 0, 1)), torus.ErrOutOfSpace)
+	}
+	p := put(Ref(5), blocks[5], BlockSize)
+	p.Reserve = true
+	must(t, b.Do(p).Err)
 	must(t, b.Delete(Ref(5)))
 	must(t, b.Append(more, 0, Record(more, 0, 1, 0, 1)))
 	want(t, b.Append(Ref(101), 0, Record(Ref(101), 0, 1, 0, 1)), torus.ErrOutOfSpace)

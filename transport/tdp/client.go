@@ -216,6 +216,9 @@ func (c *Client) Submit(r *torus.Request) {
 	case torus.OpAppend:
 		f.payload = uint32(len(r.Data))
 		f.len = f.payload
+		if r.Reserve {
+			f.flags = flagReserve
+		}
 	case torus.OpRead:
 		f.len = uint32(len(r.Data))
 	}

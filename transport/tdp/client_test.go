@@ -75,7 +75,7 @@ func (s *fakeStore) do(r *torus.Request) {
 			ref := r.Ref
 			ref.Index += torus.IndexID(i)
 			if b, ok := s.blocks[ref]; ok {
-				r.Tails = append(r.Tails, torus.Tail{Ref: ref, Length: uint32(len(b)), Sealed: i%2 == 1})
+				r.Tails = append(r.Tails, torus.Tail{Ref: ref, Length: uint32(len(b)), Sealed: i%2 == 1, Suspect: i%2 == 0})
 			}
 		}
 		r.Committed = 1234
@@ -188,11 +188,11 @@ func TestEveryOp(t *testing.T) {
 		if err := x.do(r); err != nil || r.Length != 8192 {
 			t.Fatal(err, r.Length)
 		}
-		r = &torus.Request{Op: torus.OpAppend, Ref: ref, Epoch: 3, Off: 8192, Data: want[8192:]}
+		r = &torus.Request{Op: torus.OpAppend, Ref: ref, Epoch: 3, Off: 8192, Data: want[8192:], Reserve: true}
 		if err := x.do(r); err != nil || int(r.Length) != len(want) {
 			t.Fatal(err, r.Length)
 		}
-		if got := x.store.seen[len(x.store.seen)-1]; got.Ref != ref || got.Epoch != 3 || got.Off != 8192 || got.Peer != (torus.PeerID{1}) {
+		if got := x.store.seen[len(x.store.seen)-1]; got.Ref != ref || got.Epoch != 3 || got.Off != 8192 || !got.Reserve || got.Peer != (torus.PeerID{1}) {
 			t.Fatalf("the store saw %+v", got)
 		}
 		r = &torus.Request{Op: torus.OpAppend, Ref: ref, Epoch: 3, Off: 1 << 30, Data: pages(1, 1)}
@@ -218,7 +218,7 @@ func TestEveryOp(t *testing.T) {
 		}
 		x.store.blocks[torus.BlockRef{Volume: 5, INode: 3, Index: 9}] = pages(1, 1)
 		r = &torus.Request{Op: torus.OpFence, Ref: torus.BlockRef{Volume: 5, INode: 3}, Epoch: 4, Len: 32}
-		if err := x.do(r); err != nil || r.Committed != 1234 || len(r.Tails) != 2 || r.Tails[0].Ref.Index != 8 || r.Tails[1].Length != 4096 || !r.Tails[1].Sealed {
+		if err := x.do(r); err != nil || r.Committed != 1234 || len(r.Tails) != 2 || r.Tails[0].Ref.Index != 8 || r.Tails[1].Length != 4096 || !r.Tails[1].Sealed || !r.Tails[0].Suspect || r.Tails[1].Suspect {
 			t.Fatal(err, r.Tails)
 		}
 		if err := x.do(&torus.Request{Op: torus.OpSeal, Ref: ref, Epoch: 4, Len: 8192}); err != nil {

@@ -201,6 +201,7 @@ func (c *conn) Data(_ transport.Stream, b []byte) (consumed, need int) {
 			Done: q.done, Peer: c.peer.ID,
 		}
 		if q.req.Op == torus.OpAppend {
+			q.req.Reserve = f.flags&flagReserve != 0
 			// The store wants whole pages in memory it may hand to the disk as they are, and may keep them
 			// for longer than this call: always a buffer of our own, aligned.
 			n := int(f.payload)

@@ -44,10 +44,14 @@ const (
 	atCRC     = 60
 )
 
+// flagReserve, of an Append, is torus.Request.Reserve.
+const flagReserve = 1
+
 // frame is a decoded header. Its fields are those of torus.Request.
 type frame struct {
 	op        uint8
-	code      uint8  // of the error, torus.ErrorCode
+	code      uint8 // of the error, torus.ErrorCode
+	flags     uint16
 	id        uint32 // chosen by the client; 0 belongs to no request
 	payload   uint32 // bytes that follow the header
 	ref       torus.BlockRef
@@ -64,7 +68,7 @@ func (f *frame) put(b *[HeaderSize]byte) {
 	le := binary.LittleEndian
 	le.PutUint32(b[atMagic:], magic)
 	b[atOp], b[atCode] = f.op, f.code
-	le.PutUint16(b[atFlags:], 0)
+	le.PutUint16(b[atFlags:], f.flags)
 	le.PutUint32(b[atID:], f.id)
 	le.PutUint32(b[atPayload:], f.payload)
 	if f.op&opReply == 0 {
@@ -99,12 +103,14 @@ func (f *frame) parse(b []byte) error {
 	if le.Uint32(b[atCRC:]) != record.Checksum(b[:atCRC]) {
 		return errFrameCRC
 	}
-	if le.Uint16(b[atFlags:]) != 0 {
+	flags := le.Uint16(b[atFlags:])
+	if flags != 0 && (flags != flagReserve || b[atOp] != uint8(torus.OpAppend)) {
 		return errFlags
 	}
 	*f = frame{
 		op:      b[atOp],
 		code:    b[atCode],
+		flags:   flags,
 		id:      le.Uint32(b[atID:]),
 		payload: le.Uint32(b[atPayload:]),
 		off:     le.Uint32(b[atOff:]),

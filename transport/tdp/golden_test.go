@@ -74,6 +74,7 @@ func TestGolden(t *testing.T) {
 		"ping.request":   encodeFrame(frame{op: uint8(torus.OpPing)}),
 		"ping.reply":     encodeFrame(frame{op: uint8(torus.OpPing) | opReply}),
 		"append.request": append(encodeFrame(req(torus.OpAppend, frame{epoch: 9, off: 4096, len: 4096, payload: 4096})), page...),
+		"append.reserve": append(encodeFrame(req(torus.OpAppend, frame{flags: flagReserve, epoch: 9, off: 4096, len: 4096, payload: 4096})), page...),
 		"append.reply":   encodeFrame(rep(torus.OpAppend, frame{len: 8192})),
 		"append.fenced":  withPayload(rep(torus.OpAppend, frame{code: torus.ErrorCode(torus.ErrFenced), fence: 10}), []byte("fenced")),
 		"sync.request":   encodeFrame(req(torus.OpSync, frame{epoch: 9, len: 8192})),
@@ -90,6 +91,7 @@ func TestGolden(t *testing.T) {
 		"delete.reply":   encodeFrame(rep(torus.OpDelete, frame{})),
 		"list.request":   encodeFrame(req(torus.OpList, frame{len: 100})),
 		"list.reply":     withPayload(rep(torus.OpList, frame{}), appendTails(nil, tails)),
+		"list.suspect":   withPayload(rep(torus.OpList, frame{}), appendTails(nil, []torus.Tail{{Ref: ref, Length: 4096, Suspect: true}})),
 	} {
 		t.Run(name, func(t *testing.T) {
 			path := filepath.Join("testdata", "v1", name+".hex")

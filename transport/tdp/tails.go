@@ -8,10 +8,11 @@ import (
 	"github.com/coreos/torus/record"
 )
 
-// A tail on the wire: 24 bytes BlockRef, 32 bits length, 32 bits flags (bit 0: sealed).
+// A tail on the wire: 24 bytes BlockRef, 32 bits length, 32 bits flags (bit 0: sealed, bit 1: suspect).
 const (
-	tailSize   = torus.BlockRefByteSize + 8
-	tailSealed = 1
+	tailSize    = torus.BlockRefByteSize + 8
+	tailSealed  = 1
+	tailSuspect = 2
 )
 
 // appendTails appends the wire form of tails to b.
@@ -21,6 +22,9 @@ func appendTails(b []byte, tails []torus.Tail) []byte {
 		flags := uint32(0)
 		if t.Sealed {
 			flags = tailSealed
+		}
+		if t.Suspect {
+			flags |= tailSuspect
 		}
 		b = t.Ref.AppendTo(b)
 		b = binary.LittleEndian.AppendUint32(b, t.Length)
@@ -43,13 +47,14 @@ func decodeTails(f *frame, p []byte) ([]torus.Tail, error) {
 	tails := make([]torus.Tail, 0, len(p)/tailSize)
 	for ; len(p) > 0; p = p[tailSize:] {
 		flags := binary.LittleEndian.Uint32(p[torus.BlockRefByteSize+4:])
-		if flags&^tailSealed != 0 {
+		if flags&^(tailSealed|tailSuspect) != 0 {
 			return nil, fmt.Errorf("tail with flags %#x: %w", flags, torus.ErrInvalid)
 		}
 		tails = append(tails, torus.Tail{
-			Ref:    torus.BlockRefFromBytes(p),
-			Length: binary.LittleEndian.Uint32(p[torus.BlockRefByteSize:]),
-			Sealed: flags&tailSealed != 0,
+			Ref:     torus.BlockRefFromBytes(p),
+			Length:  binary.LittleEndian.Uint32(p[torus.BlockRefByteSize:]),
+			Sealed:  flags&tailSealed != 0,
+			Suspect: flags&tailSuspect != 0,
 		})
 	}
 	return tails, nil
