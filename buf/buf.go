@@ -1,4 +1,8 @@
 // Package buf keeps page-aligned buffers for reuse.
+//
+// Small ones, of up to 64 KiB, are in a sync.Pool for each power of two: as cheap as can be, and the garbage collector
+// takes away what is not used. Larger ones are what makes the memory of a process. They are in lists of their own (large.go), in classes
+// an eighth apart, and Trim gives up those that were not needed lately, however seldom the collector runs.
 package buf
 
 import (
@@ -10,27 +14,27 @@ import (
 const (
 	pageSize = 4096
 	minShift = 12 // 4 KiB
-	maxShift = 26 // 64 MiB
+	maxShift = 16 // 64 KiB
 )
 
-var pools [maxShift - minShift + 1]sync.Pool
+var small [maxShift - minShift + 1]sync.Pool
 
 // Buf is a page-aligned buffer with an owner: whoever holds it calls Release once.
 type Buf struct {
 	mem   []byte // whole, aligned
-	class int
+	class int    // of small; len(small) and up: of large; < 0: none
 }
 
 // Get returns a buffer of at least n bytes with arbitrary contents.
 func Get(n int) *Buf {
+	if n > 1<<maxShift {
+		return getLarge(n)
+	}
 	c := 0
 	if n > pageSize {
 		c = bits.Len(uint(n-1)) - minShift
 	}
-	if c >= len(pools) {
-		return &Buf{mem: aligned(n), class: -1}
-	}
-	if b, _ := pools[c].Get().(*Buf); b != nil {
+	if b, _ := small[c].Get().(*Buf); b != nil {
 		return b
 	}
 	return &Buf{mem: aligned(1 << (minShift + c)), class: c}
@@ -41,15 +45,30 @@ func (b *Buf) Bytes() []byte { return b.mem }
 
 // Release gives the buffer back. It must not be used afterwards.
 func (b *Buf) Release() {
-	if b.class >= 0 {
-		pools[b.class].Put(b)
+	switch {
+	case b.class >= len(small):
+		putLarge(b)
+	case b.class >= 0:
+		small[b.class].Put(b)
 	}
 }
 
+// aligned returns n bytes at the beginning of a page. Whole pages are so already, as the Go runtime allocates today; a page more is
+// asked for only if one day they are not.
 func aligned(n int) []byte {
+	if n >= pageSize {
+		if mem := make([]byte, n); offset(mem) == 0 {
+			return mem
+		}
+	}
 	mem := make([]byte, n+pageSize)
-	off := int(-uintptr(unsafe.Pointer(&mem[0])) & (pageSize - 1))
+	off := offset(mem)
 	return mem[off : off+n : off+n]
+}
+
+// offset is how far it is from b to the next beginning of a page.
+func offset(b []byte) int {
+	return int(-uintptr(unsafe.Pointer(unsafe.SliceData(b))) & (pageSize - 1))
 }
 
 // Aligned returns n bytes of fresh, page-aligned, zeroed memory (for O_DIRECT).

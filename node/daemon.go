@@ -40,6 +40,7 @@ func runDaemon(ctx context.Context, cfg DaemonConfig, stops *stack) error {
 		}
 	}
 	ReserveProcs(3)
+	stops.push(keepMemory())
 	registry := NewRegistry()
 	RegisterMetadata(registry)
 	ready := newReadiness("waiting for etcd")

@@ -76,6 +76,7 @@ func StartDev(ctx context.Context, cfg DevConfig) (_ *Dev, err error) {
 			d.stops.run() //nolint:errcheck // the first error is the one that matters
 		}
 	}()
+	d.stops.push(keepMemory())
 	listen, err := listenAddress("--nbd", cfg.NBD)
 	if err != nil {
 		return nil, err

@@ -37,6 +37,7 @@ func runFrontend(ctx context.Context, cfg FrontendConfig, stops *stack, use func
 		return err
 	}
 	ReserveProcs(1)
+	stops.push(keepMemory())
 	registry := NewRegistry()
 	RegisterMetadata(registry)
 	ready := newReadiness("waiting for etcd")
