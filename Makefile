@@ -14,7 +14,7 @@ GUEST_KERNEL = bin/guest-kernel
 # What the tests and the README call besides Go.
 TOOLS = fio nbdkit libnbd-bin qemu-utils qemu-block-extra nbd-client fuse3 xfsprogs e2fsprogs iproute2 iptables postgresql sqlite3 qemu-system-x86 busybox-static
 
-.PHONY: build run test race lint sim mutants crash bench bench-compare bench-go e2e soak setup clean
+.PHONY: build run test race lint sim mutants crash bench bench-compare bench-scale bench-choices bench-go e2e soak setup clean
 
 build:
 	mkdir -p bin
@@ -50,6 +50,11 @@ bench-compare: build
 	@test -n "$(OLD)" || { echo 'compared with what? make bench-compare OLD=COMMIT' >&2; exit 2; }
 	go build -o bin/bench ./bench
 	bin/bench --old-ref '$(OLD)' $(BENCHFLAGS)
+
+# What it costs as work grows, and what was chosen between: make bench-scale BENCHFLAGS='--sections idle' (docs/scale.md).
+bench-scale bench-choices: build
+	go build -o bin/bench ./bench
+	bin/bench $(subst bench-,,$@) $(BENCHFLAGS)
 
 # Go benchmarks, with allocations.
 bench-go:

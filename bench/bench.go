@@ -115,23 +115,8 @@ func (b *bench) settle(ctx context.Context, cold bool) error {
 	if _, err := command(ctx, b.dir, "sync"); err != nil {
 		return err
 	}
-	for began := time.Now(); time.Since(began) < quietLimit; {
-		before, err := b.cpuSeconds()
-		if err != nil {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(quietLook):
-		}
-		after, err := b.cpuSeconds()
-		if err != nil {
-			return err
-		}
-		if after-before <= quietShare*quietLook.Seconds() {
-			break
-		}
+	if err := quiet(ctx, b.cpuSeconds); err != nil {
+		return err
 	}
 	if !cold {
 		return nil
@@ -140,6 +125,29 @@ func (b *bench) settle(ctx context.Context, cold bool) error {
 		return err
 	}
 	return os.WriteFile(dropCaches, []byte("3"), 0)
+}
+
+// quiet waits, for a while, until the servers whose CPU seconds are given do nothing much.
+func quiet(ctx context.Context, cpuSeconds func() (float64, error)) error {
+	for began := time.Now(); time.Since(began) < quietLimit; {
+		before, err := cpuSeconds()
+		if err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(quietLook):
+		}
+		after, err := cpuSeconds()
+		if err != nil {
+			return err
+		}
+		if after-before <= quietShare*quietLook.Seconds() {
+			break
+		}
+	}
+	return nil
 }
 
 const dropCaches = "/proc/sys/vm/drop_caches"

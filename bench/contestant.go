@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -95,74 +94,19 @@ func (c *contestant) startQemu(ctx context.Context, dir string, size byteSize) e
 // startTorus starts three peers, the first with etcd inside, and what serves the volume.
 func (c *contestant) startTorus(ctx context.Context, dir, bin string, o *options) error {
 	c.torus = true
-	etcd, err := freeAddress()
+	t, err := startCluster(ctx, dir, bin, clusterOptions{peers: 3, peerSize: o.peerBytes(), http: o.profile != nil})
 	if err != nil {
 		return err
 	}
-	serve := func(name, program string, args ...string) error {
-		address := ""
-		if o.profile != nil {
-			if address, err = freeAddress(); err != nil {
-				return err
-			}
-			args = append(args, "--http", address)
-		}
-		p, err := start(name, dir, append([]string{filepath.Join(bin, program), "--etcd", etcd}, args...)...)
-		if err != nil {
-			return err
-		}
-		p.http = address
-		c.servers = append(c.servers, p)
-		return nil
-	}
-	ctl := func(ctx context.Context, args ...string) (string, error) {
-		return command(ctx, dir, append([]string{filepath.Join(bin, "torusctl"), "-C", etcd, "--timeout", "2s"}, args...)...)
-	}
-	for i := range 3 {
-		args := []string{"--data-dir", filepath.Join(dir, "data"+strconv.Itoa(i+1)), "--peer-address", "tdp://127.0.0.1:0", "--size", o.peerBytes().String()}
-		if i == 0 {
-			args = append(args, "--embed-etcd")
-		}
-		if err := serve("torusd-"+strconv.Itoa(i+1), "torusd", args...); err != nil {
-			return err
-		}
-		if i > 0 {
-			continue
-		}
-		if err := eventually(ctx, startLimit, "torusctl init", c.servers, func(ctx context.Context) error {
-			_, err := ctl(ctx, "init", "--block-spec", "crc,rep=2")
-			return err
-		}); err != nil {
-			return err
-		}
-	}
-	if err := eventually(ctx, startLimit, "three peers register", c.servers, func(ctx context.Context) error {
-		out, err := ctl(ctx, "-o", "json", "peer", "list")
-		if err != nil {
-			return err
-		}
-		var peers []struct{}
-		if err := json.Unmarshal([]byte(out), &peers); err != nil {
-			return err
-		}
-		if len(peers) != 3 {
-			return fmt.Errorf("there are %d", len(peers))
-		}
-		return nil
-	}); err != nil {
+	c.servers = t.peers
+	if _, err := t.ctl(ctx, "volume", "create-block", exported, strconv.FormatUint(uint64(o.size), 10)); err != nil {
 		return err
 	}
-	if _, err := ctl(ctx, "peer", "add", "--all-peers"); err != nil {
+	if err := t.serve(); err != nil {
 		return err
 	}
-	if _, err := ctl(ctx, "volume", "create-block", exported, strconv.FormatUint(uint64(o.size), 10)); err != nil {
-		return err
-	}
-	socket := filepath.Join(dir, "nbd.sock")
-	if err := serve("torusblk", "torusblk", "nbdserve", "-l", "unix:"+socket); err != nil {
-		return err
-	}
-	return c.connect(ctx, socket)
+	c.servers = t.processes()
+	return c.connect(ctx, t.socket)
 }
 
 // connect waits until the volume is served, and holds it: else each run of fio would attach it again.
@@ -208,27 +152,10 @@ func (c *contestant) explain(err error) error {
 	if c.torus && strings.Contains(err.Error(), "No space left") {
 		err = fmt.Errorf("%w\nthe peers are full: give them a larger --peer-size, or shorten the log with --seconds", err)
 	}
-	for _, p := range c.servers {
-		if ended := p.check(); ended != nil {
-			err = errors.Join(err, ended)
-		} else if words := p.tail(); words != "" {
-			err = fmt.Errorf("%w\n%s says:\n%s", err, p.name, words)
-		}
-	}
-	return err
+	return explain(err, c.servers)
 }
 
-func (c *contestant) usage() (usage, error) {
-	u := usage{}
-	for _, p := range c.servers {
-		one, err := readUsage(p.cmd.Process.Pid)
-		if err != nil {
-			return nil, errors.Join(err, p.check())
-		}
-		u[p.name] = one
-	}
-	return u, nil
-}
+func (c *contestant) usage() (usage, error) { return usageOf(c.servers) }
 
 func (c *contestant) stop() {
 	if c.hold != nil {

@@ -5,6 +5,12 @@
 //	make bench BENCHFLAGS='--cells write-4k-32,read-4k-32 --rounds 5'
 //	make bench-compare OLD=v0.2.0
 //
+// Two more commands measure what grows: with the number and size of volumes and the number of peers, and what was to be chosen
+// (docs/scale.md).
+//
+//	make bench-scale
+//	make bench-choices
+//
 // docs/performance.md says what the cells are and how the figures are to be read.
 package main
 
@@ -123,6 +129,14 @@ func parseContestants(list string, old bool) ([]string, error) {
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err error) {
+	if len(args) > 0 {
+		switch args[0] {
+		case "scale":
+			return runScale(ctx, args[0], scaleSections, args[1:], stdout, stderr)
+		case "choices":
+			return runScale(ctx, args[0], choiceSections, args[1:], stdout, stderr)
+		}
+	}
 	o, err := parseFlags(args, stderr)
 	if err != nil {
 		return err

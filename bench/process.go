@@ -78,6 +78,30 @@ func (p *process) stop() {
 	<-p.exited
 }
 
+// explain adds what the processes say.
+func explain(err error, processes []*process) error {
+	for _, p := range processes {
+		if ended := p.check(); ended != nil {
+			err = errors.Join(err, ended)
+		} else if words := p.tail(); words != "" {
+			err = fmt.Errorf("%w\n%s says:\n%s", err, p.name, words)
+		}
+	}
+	return err
+}
+
+func usageOf(processes []*process) (usage, error) {
+	u := usage{}
+	for _, p := range processes {
+		one, err := readUsage(p.cmd.Process.Pid)
+		if err != nil {
+			return nil, errors.Join(err, p.check())
+		}
+		u[p.name] = one
+	}
+	return u, nil
+}
+
 // command runs a program to its end, in dir, and returns its standard output.
 func command(ctx context.Context, dir string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
