@@ -136,7 +136,11 @@ func (s *Service) volume(id torus.VolumeID) *volume {
 		v = &volume{id: id}
 		s.volumes[id] = v
 	}
+	before := s.last
 	s.last = v
+	if before != nil {
+		s.forget(before)
+	}
 	return v
 }
 
@@ -287,13 +291,11 @@ func (f *flight) end(r *torus.Request) {
 	s.maybeClosed()
 }
 
-// forget drops the state of a volume that has none.
+// forget drops the state of a volume that has none, except of the one asked for last: who writes to it one request after the
+// other would have it made anew each time.
 func (s *Service) forget(v *volume) {
-	if v.fence == 0 && v.first == nil && len(v.waiting) == 0 && s.volumes[v.id] == v {
+	if v != s.last && v.fence == 0 && v.first == nil && len(v.waiting) == 0 && s.volumes[v.id] == v {
 		delete(s.volumes, v.id)
-		if s.last == v {
-			s.last = nil
-		}
 	}
 }
 

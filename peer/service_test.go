@@ -444,7 +444,7 @@ func TestForget(t *testing.T) {
 	for v := range uint64(100) {
 		must(t, n.do(appendTo(block(v, 1, 1), 1, 0)).Err)
 	}
-	if len(n.s.volumes) != 0 {
+	if len(n.s.volumes) > 1 { // the last one may be asked for again
 		t.Error(len(n.s.volumes))
 	}
 }

@@ -33,7 +33,7 @@ func newBenchLoad(f *file.File, op device.Op, depth int) *benchLoad {
 		data[i] = byte(i * 7)
 	}
 	for i := range w.reqs {
-		w.reqs[i] = device.Request{Op: op, Len: PageSize, Data: data[i*PageSize:][:PageSize], Done: w.done}
+		w.reqs[i] = device.Request{Op: op, Len: PageSize, Done: w.done, User: data[i*PageSize:][:PageSize]}
 	}
 	return w
 }
@@ -52,6 +52,7 @@ func (w *benchLoad) next(q *device.Request) {
 	w.left--
 	w.open++
 	q.Off = w.rng.Uint64N(benchVolume/PageSize) * PageSize
+	q.Data = q.User.([]byte) // a write that had to wait leaves none there
 	w.f.Submit(q)
 }
 

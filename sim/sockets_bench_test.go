@@ -3,6 +3,7 @@ package sim
 import (
 	"context"
 	"fmt"
+	"runtime"
 	"testing"
 	"time"
 
@@ -27,28 +28,31 @@ func BenchmarkSockets(b *testing.B) {
 	for _, c := range stackCells {
 		b.Run(c.String(), func(b *testing.B) {
 			l, f := startSockets(b)
-			run := func(w *benchLoad, n int) {
-				w.left, w.finished = n, make(chan struct{})
-				l.Post(w.start)
-				<-w.finished
-				if w.err != nil {
-					b.Fatal(w.err)
-				}
-			}
-			run(newBenchLoad(f, device.Write, 32), 3*benchVolume/PageSize)
-			run(newBenchLoad(f, device.Flush, 1), 1)
+			newBenchLoad(f, device.Write, 32).runOn(b, l, 3*benchVolume/PageSize)
+			newBenchLoad(f, device.Flush, 1).runOn(b, l, 1)
 			w := newBenchLoad(f, c.op, c.depth)
 			b.SetBytes(PageSize)
 			b.ReportAllocs()
 			b.ResetTimer()
-			run(w, b.N)
+			w.runOn(b, l, b.N)
 			b.StopTimer()
 		})
 	}
 }
 
+// runOn is n requests on a loop that runs.
+func (w *benchLoad) runOn(b testing.TB, l *loop.Epoll, n int) {
+	b.Helper()
+	w.left, w.finished = n, make(chan struct{})
+	l.Post(w.start)
+	<-w.finished
+	if w.err != nil {
+		b.Fatal(w.err)
+	}
+}
+
 // startLoop runs an event loop on a thread of its own until the benchmark ends.
-func startLoop(b *testing.B) *loop.Epoll {
+func startLoop(b testing.TB) *loop.Epoll {
 	b.Helper()
 	l, err := loop.NewEpoll(nil)
 	if err != nil {
@@ -79,8 +83,11 @@ func call(l *loop.Epoll, fn func()) {
 }
 
 // startSockets starts three peers and a client with a volume attached.
-func startSockets(b *testing.B) (*loop.Epoll, *file.File) {
+func startSockets(b testing.TB) (*loop.Epoll, *file.File) {
 	b.Helper()
+	procs := runtime.GOMAXPROCS(0)
+	runtime.GOMAXPROCS(max(procs, 4+2)) // as node.ReserveProcs does: a loop keeps one busy while it sleeps in the kernel
+	b.Cleanup(func() { runtime.GOMAXPROCS(procs) })
 	check := func(err error) {
 		b.Helper()
 		if err != nil {

@@ -1,0 +1,128 @@
+//go:build !race
+
+package sim
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/coreos/torus/device"
+	"golang.org/x/sys/unix"
+)
+
+// A read or a write costs less than one allocation in the client and in a peer each, on sockets and files as in production. What
+// there is comes now and then: a new block, a leaf of the map, a checkpoint. (The race detector has sync.Pool lose things on purpose.)
+func TestSocketsAllocations(t *testing.T) {
+	const (
+		ops   = 8192
+		limit = 0.5
+	)
+	l, f := startSockets(t)
+	// Pools, map and blocks are then as they stay.
+	newBenchLoad(f, device.Write, 32).runOn(t, l, 3*benchVolume/PageSize)
+	newBenchLoad(f, device.Flush, 1).runOn(t, l, 1)
+	defer func(rate int) { runtime.MemProfileRate = rate }(runtime.MemProfileRate)
+	runtime.MemProfileRate = 1
+	cells := append(slices.Clone(stackCells), stackCell{"cold read", device.Read, 1}, stackCell{"cold read", device.Read, 32})
+	for _, c := range cells {
+		w := newBenchLoad(f, c.op, c.depth)
+		w.runOn(t, l, ops)
+		if c.name == "cold read" {
+			dropCached(t, filepath.Dir(t.TempDir()))
+		}
+		before := allocations()
+		w.runOn(t, l, ops)
+		sides := map[string]float64{}
+		type place struct {
+			where string
+			n     float64
+		}
+		var places []place
+		for at, n := range allocations() {
+			if n -= before[at]; n > 0 {
+				side, where := sideOf(at)
+				per := float64(n) / ops
+				sides[side] += per
+				places = append(places, place{where, per})
+			}
+		}
+		t.Logf("%v: allocations per operation: %.3f in the client, %.3f in the three peers, %.3f elsewhere", c, sides["client"], sides["peer"], sides[""])
+		if sides["client"] < limit && sides["peer"] < limit {
+			continue
+		}
+		t.Errorf("%v: more than %v allocations per operation on a side", c, limit)
+		slices.SortFunc(places, func(a, b place) int { return int(1e6 * (b.n - a.n)) })
+		for _, p := range places[:min(8, len(places))] {
+			t.Logf("%7.3f %s", p.n, p.where)
+		}
+	}
+}
+
+// dropCached has the kernel forget what it has of the files below dir in its page cache.
+func dropCached(t *testing.T, dir string) {
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		file, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		return errors.Join(file.Sync(), unix.Fadvise(int(file.Fd()), 0, 0, unix.FADV_DONTNEED), file.Close())
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+type stack [32]uintptr
+
+// allocations are all so far, by the place in the program.
+func allocations() map[stack]int64 {
+	runtime.GC() // the profile is of what has been swept
+	runtime.GC()
+	var records []runtime.MemProfileRecord
+	for n, ok := runtime.MemProfile(nil, true); !ok; {
+		records = make([]runtime.MemProfileRecord, n+100)
+		if n, ok = runtime.MemProfile(records, true); ok {
+			records = records[:n]
+		}
+	}
+	all := map[stack]int64{}
+	for _, r := range records {
+		all[r.Stack0] += r.AllocObjects
+	}
+	return all
+}
+
+// sideOf says which side of the wire a stack is on, and describes it.
+func sideOf(s stack) (side, where string) {
+	n := slices.Index(s[:], 0)
+	if n < 0 {
+		n = len(s)
+	}
+	var names []string
+	frames := runtime.CallersFrames(s[:n])
+	for {
+		f, more := frames.Next()
+		name := f.Function[strings.LastIndexByte(f.Function, '/')+1:]
+		names = append(names, name)
+		for _, p := range []struct{ part, side string }{
+			{"tdp.(*conn)", "peer"}, {"tdp.(*Server)", "peer"}, {"tdp.(*call)", "peer"}, {"peer.", "peer"}, {"storage.", "peer"},
+			{"tdp.(*Client)", "client"}, {"tdp.(*link)", "client"}, {"file.", "client"}, {"distributor.", "client"}, {"sim.", "client"},
+		} {
+			if side == "" && strings.HasPrefix(name, p.part) {
+				side = p.side
+			}
+		}
+		if !more {
+			return side, strings.Join(names, " < ")
+		}
+	}
+}
