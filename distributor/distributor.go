@@ -54,6 +54,7 @@ type peer struct {
 	conn  Conn
 	up    bool
 	full  bool // it refused a new block for want of space, or says so itself
+	unfit bool // it takes no new block at all, not even in the slots it keeps back
 	alive bool // its lease in the MDS lives: it is worth waiting for
 	said  complaint
 }
@@ -93,7 +94,8 @@ func (d *Distributor) SetPeers(list []*models.Peer) {
 			}
 			d.order = append(d.order[:i], append([]*peer{p}, d.order[i:]...)...)
 		}
-		p.full = m.State == "full" || m.State == "failed"
+		p.unfit = m.State == "failed"
+		p.full = p.unfit || m.State == "full"
 		p.alive = m.Alive
 		if p.conn == nil || p.addr != m.Address {
 			d.connect(p, m.Address)
@@ -179,6 +181,13 @@ func (d *Distributor) Usable(p torus.PeerID) bool {
 	return x != nil && x.up && !x.full
 }
 
+// Spare reports whether p may be given a new block that is allowed to take a slot kept back (torus.Request.Reserve): healthy, and
+// it has not refused one.
+func (d *Distributor) Spare(p torus.PeerID) bool {
+	x := d.peers[p]
+	return x != nil && x.up && !x.unfit
+}
+
 // Lost remembers that p's connection refused a request: it is down, and the news of that is on its way.
 func (d *Distributor) Lost(p torus.PeerID) {
 	if x := d.peers[p]; x != nil && x.up {
@@ -190,6 +199,14 @@ func (d *Distributor) Lost(p torus.PeerID) {
 func (d *Distributor) MarkFull(p torus.PeerID) {
 	if x := d.peers[p]; x != nil {
 		x.full = true
+	}
+}
+
+// MarkUnfit remembers that p takes no new block at all, until the directory has news of it: it refused one that was allowed to take
+// a slot kept back, or its disk fails.
+func (d *Distributor) MarkUnfit(p torus.PeerID) {
+	if x := d.peers[p]; x != nil {
+		x.full, x.unfit = true, true
 	}
 }
 

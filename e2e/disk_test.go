@@ -355,7 +355,36 @@ func TestNoRoom(t *testing.T) {
 		conn = dial(t, b.export(volume), startLimit)
 		w.settle(t, conn, true)
 	}
-	// Recovery needs room, too: two more peers give it, and the writer goes on.
+	// The writer is killed while everything is full: it attaches again, nothing is gone, and what it trims can be written again.
+	again()
+	page := make([]byte, pageSize)
+	intact := func() {
+		t.Helper()
+		for off := uint64(64 << 20); off < written; off += 1 << 20 {
+			if err := conn.ReadAt(page, off); err != nil || !bytes.Equal(page, chunk[:pageSize]) {
+				t.Fatalf("at %d, acknowledged: %v", off, err)
+			}
+		}
+	}
+	intact()
+	const trimmed = 64 << 20
+	written -= trimmed
+	if err := errors.Join(conn.Trim(written, trimmed, 0), conn.Flush()); err != nil {
+		t.Fatalf("trim in a full cluster: %v", err)
+	}
+	began = time.Now()
+	for off := written; off < written+trimmed/2; off += uint64(len(chunk)) {
+		for err = conn.WriteAt(chunk, off, 0); errors.Is(err, syscall.ENOSPC) && time.Since(began) < startLimit; err = conn.WriteAt(chunk, off, 0) {
+			time.Sleep(100 * time.Millisecond)
+		}
+		if err != nil {
+			t.Fatalf("write of what was trimmed before: %v", err)
+		}
+	}
+	t.Logf("what was trimmed could be written again after %v", time.Since(began).Round(time.Millisecond))
+	written += trimmed / 2
+	w.mustEqual(t, conn)
+	// Two more peers give room, and the writer goes on.
 	full := slices.Clone(c.peers)
 	for i := range 2 {
 		p := c.newPeer(t, peerName(3+i))
@@ -388,10 +417,5 @@ func TestNoRoom(t *testing.T) {
 	}
 	again()
 	defer func() { conn.Close() }()
-	page := make([]byte, pageSize)
-	for off := uint64(64 << 20); off < written; off += 1 << 20 {
-		if err := conn.ReadAt(page, off); err != nil || !bytes.Equal(page, chunk[:pageSize]) {
-			t.Fatalf("at %d, acknowledged: %v", off, err)
-		}
-	}
+	intact()
 }

@@ -37,15 +37,18 @@ func (f *File) replicaFailed(q *torus.Request, b *openBlock) {
 		// If another peer says the same, not the replica is at fault but what it was sent.
 		if f.refusedBy.IsZero() || f.refusedBy == q.Peer {
 			f.refusedBy = q.Peer
-			f.dist.MarkFull(q.Peer) // not asked again until the directory has news of it
+			f.dist.MarkUnfit(q.Peer) // not asked again until the directory has news of it
 			f.roll(fmt.Errorf("%v: %w", q.Op, q.Err), b, q.Peer)
 			return
 		}
 		f.fail(fmt.Errorf("%v of %d bytes at %d to %v refused by peer %v: %w", q.Op, q.Len, q.Off, q.Ref, q.Peer, q.Err))
 		return
 	}
-	if errors.Is(q.Err, torus.ErrOutOfSpace) || errors.Is(q.Err, torus.ErrIO) {
+	switch {
+	case errors.Is(q.Err, torus.ErrIO), errors.Is(q.Err, torus.ErrOutOfSpace) && b.kept:
 		// A disk that failed refuses whatever comes. Every block begun there meanwhile would cost the others a slot.
+		f.dist.MarkUnfit(q.Peer)
+	case errors.Is(q.Err, torus.ErrOutOfSpace):
 		f.dist.MarkFull(q.Peer)
 	}
 	if errors.Is(q.Err, torus.ErrNoPeer) {

@@ -24,6 +24,12 @@ const (
 	// fencePatience is how long it waits for one of them that is connected: it will answer, or be found silent. What it has may be
 	// the only good copy of what another has lost to rot.
 	fencePatience = 5 * time.Second
+	// doubtPatience is how long it waits for peers that nobody has given up, connected or not, which may hold more of a block than those that
+	// have answered, all of which say that they may have lost some of it.
+	doubtPatience = time.Minute
+	// roomPatience is how long it tries again when there is no room for what it has to write: a peer that was full may have news, and a
+	// store whose disk had no space looks again after 5 s.
+	roomPatience = 10 * time.Second
 	// scanBytes is how many bytes of headers are asked for at a time.
 	scanBytes = 512 << 10
 	// copyBytes bounds a copy in one request, and copyBatch what a recovery holds in memory.
@@ -60,6 +66,22 @@ func Open(cfg Config, done func(*File, error)) (cancel func()) {
 type opening struct {
 	f         *File // of the present attempt
 	cancelled bool
+	fullSince time.Duration // loop time; 0: there was room
+}
+
+// judge decides whether an attempt that failed is followed by another: its error then wraps torus.ErrAgain.
+func (o *opening) judge(err error, now time.Duration) error {
+	if !errors.Is(err, torus.ErrOutOfSpace) {
+		o.fullSince = 0
+		return err
+	}
+	if o.fullSince == 0 {
+		o.fullSince = now
+	}
+	if now-o.fullSince < roomPatience {
+		return again(err)
+	}
+	return fmt.Errorf("no room for what its last writer left and the metadata of a new one: %w (%v)", torus.ErrOutOfSpace, err)
 }
 
 func (o *opening) cancel() {
@@ -93,6 +115,7 @@ type oldBlock struct {
 	whole  bool   // every peer of the set has those, durably, under our epoch
 	slot   uint32
 	listed bool
+	atHead bool // the head that was found lists it
 }
 
 type oldPeer struct {
@@ -100,6 +123,7 @@ type oldPeer struct {
 	failed          bool          // it could not answer, and is asked again now and then
 	askAgain        time.Duration // loop time
 	tails           map[torus.IndexID]uint32
+	suspect         map[torus.IndexID]bool // there may have been more than that
 	committed       uint64
 }
 
@@ -156,6 +180,7 @@ func attach(t *loop.Task, cfg Config, o *opening) (_ *File, err error) {
 		if f.err == nil {
 			f.err = err
 		}
+		err = o.judge(err, f.loop.Now())
 		if !errors.Is(err, torus.ErrAgain) {
 			t.Call(func() {
 				ctx, cancel := context.WithTimeout(context.Background(), mdsTimeout)
@@ -163,7 +188,11 @@ func attach(t *loop.Task, cfg Config, o *opening) (_ *File, err error) {
 				_ = cfg.MDS.Unlock(ctx, f.vol, f.epoch) // else its lease ends it
 			})
 		}
-		return nil, fmt.Errorf("attach volume %s: %w", cfg.Volume.Name, err)
+		hint := ""
+		if errors.Is(err, torus.ErrOutOfSpace) {
+			hint = "Nothing has been changed. Make room, then attach again: add a peer (torusctl peer add), restart peers with a larger --size, or delete or trim other volumes."
+		}
+		return nil, &torus.Error{Op: "attach", Obj: "volume " + cfg.Volume.Name, Err: err, Hint: hint}
 	}
 	if f.err != nil { // called off in the last moment
 		return nil, f.err
@@ -173,6 +202,7 @@ func attach(t *loop.Task, cfg Config, o *opening) (_ *File, err error) {
 	f.tick = f.loop.After(time.Second, f.housekeeping)
 	f.unwatch = f.dist.Watch(func() {
 		if f.err == nil && !f.closed {
+			f.checkRoom()
 			f.pump()
 			f.maybeExtend()
 		}
@@ -199,11 +229,15 @@ func (a *recovery) run() error {
 		}
 		f.number = head.Number
 		a.seqUpTo = head.Seq
+		for _, b := range a.blocks {
+			_, b.atHead = f.table.byRef[b.ref]
+		}
 	}
 	if err := a.scan(); err != nil { // step 4
 		return err
 	}
 	f.applied, f.flushed, f.held, f.sent, f.last, f.acked = a.seqUpTo, a.seqUpTo, a.seqUpTo, a.seqUpTo, a.seqUpTo, a.seqUpTo
+	f.tried = a.seqUpTo
 	// Enough peers must be there; and those that are alive get a moment to connect, lest the whole first window be placed on the
 	// few that were quickest.
 	grace := f.loop.Now() + fenceGrace
@@ -247,8 +281,31 @@ func (a *recovery) run() error {
 			return err
 		}
 	}
+	a.discard()
 	f.sealBlocks(f.next) // step 6: the window's blocks, those of the rescue, and what the new INode was written to
 	return nil
+}
+
+// discard deletes the blocks of the old window that the recovered history has no use for: copies of records that are whole elsewhere, and
+// records beyond the first gap. No INode lists them, pinned or not, as one that lists a block of its window goes on doing so until the
+// window has left it; and the window that named them is gone.
+func (a *recovery) discard() {
+	f := a.f
+	for _, b := range a.blocks {
+		if _, listed := f.table.byRef[b.ref]; listed || b.atHead {
+			continue
+		}
+		for _, p := range b.set {
+			if a.peers[p].tails[b.ref.Index] == 0 {
+				continue
+			}
+			f.dist.Submit(p, &torus.Request{Op: torus.OpDelete, Ref: b.ref, Epoch: f.epoch, Peer: p, Done: func(r *torus.Request) {
+				if r.Err != nil {
+					f.log.Debug("delete", "block", r.Ref.String(), "peer", r.Peer, "err", r.Err)
+				}
+			}})
+		}
+	}
 }
 
 // allConnected reports whether every member of the ring that is said to be alive can be talked to.
@@ -349,9 +406,10 @@ func (a *recovery) fence() error {
 					default:
 						op.answered = true
 						op.committed = r.Committed
-						op.tails = map[torus.IndexID]uint32{}
+						op.tails, op.suspect = map[torus.IndexID]uint32{}, map[torus.IndexID]bool{}
 						for _, x := range r.Tails {
 							op.tails[x.Ref.Index] = x.Length
+							op.suspect[x.Ref.Index] = x.Suspect
 						}
 					}
 					a.happened()
@@ -368,7 +426,14 @@ func (a *recovery) fence() error {
 				covered = now
 			}
 			wait := time.Duration(0)
+			doubt := a.doubt()
 			switch {
+			case len(doubt) > 0:
+				wait = doubtPatience
+				if now >= warn {
+					warn = now + 5*time.Second
+					f.log.Warn("attach waits for peers: the copies of some blocks of the log at those that have answered are damaged", "peers", strings.Join(doubt, ", "))
+				}
 			case connected:
 				wait = fencePatience
 			case coming:
@@ -418,6 +483,26 @@ func (a *recovery) missing() (names []string, connected, coming bool) {
 		}
 	}
 	return names, connected, coming
+}
+
+// doubt names the peers that have not answered, and may come back, of blocks of which all who have answered know their copy to be damaged.
+func (a *recovery) doubt() (names []string) {
+	want := map[torus.PeerID]bool{}
+	for _, b := range a.blocks {
+		sure := false
+		for _, p := range b.set {
+			sure = sure || a.peers[p].answered && !a.peers[p].suspect[b.ref.Index]
+		}
+		for _, p := range b.set {
+			want[p] = want[p] || !sure && !a.peers[p].answered && a.f.dist.Known(p)
+		}
+	}
+	for _, p := range a.order {
+		if want[p] {
+			names = append(names, a.f.dist.Describe(p))
+		}
+	}
+	return names
 }
 
 func (f *File) readRaw(t *loop.Task, ref torus.BlockRef, set torus.PeerList, off, n uint32) ([]byte, error) {
@@ -553,18 +638,46 @@ func (a *recovery) scanBlock(b *oldBlock, off uint32, from torus.PeerList, done 
 // copies is step 5: every recovered record becomes durable on its whole set. In place where the whole registered set of its
 // block confirms, else, once more, in a block of this epoch.
 func (a *recovery) copies() error {
-	for _, b := range a.blocks {
-		if b.used == 0 {
-			continue
-		}
-		if err := a.complete(b); err != nil {
-			if errors.Is(err, torus.ErrFenced) {
-				return err
+	whole := map[uint64]bool{} // records that have a copy which is whole
+	for _, slots := range []bool{false, true} {
+		for _, b := range a.blocks {
+			// Blocks that lack a peer take a slot there, of which there may be few: they come last, and only if there is need of them.
+			if b.used == 0 || a.slotless(b) != slots || slots && !a.needed(b, whole) {
+				continue
 			}
-			a.f.log.Info("block cannot be completed in place", "block", b.ref.String(), "err", err)
+			if err := a.complete(b); err != nil {
+				if errors.Is(err, torus.ErrFenced) {
+					return err
+				}
+				a.f.log.Info("block cannot be completed in place", "block", b.ref.String(), "err", err)
+				continue
+			}
+			for _, r := range b.recs {
+				whole[r.hdr.Seq] = whole[r.hdr.Seq] || r.end() <= b.used
+			}
 		}
 	}
 	return nil
+}
+
+// slotless reports whether a peer of a block's set has nothing of it.
+func (a *recovery) slotless(b *oldBlock) bool {
+	for _, p := range b.set {
+		if a.peers[p].tails[b.ref.Index] == 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// needed reports whether a block holds a record of the recovered history that is not whole elsewhere.
+func (a *recovery) needed(b *oldBlock, whole map[uint64]bool) bool {
+	for _, r := range b.recs {
+		if s := r.hdr.Seq; s <= a.seqUpTo && r.end() <= b.used && !whole[s] && s > a.f.state.Head.GetSeq() {
+			return true
+		}
+	}
+	return false
 }
 
 // complete brings every peer of a block's set to the length the history needs, durably.
@@ -594,7 +707,7 @@ func (a *recovery) complete(b *oldBlock) error {
 			if err != nil {
 				return err
 			}
-			if err := a.ask(&torus.Request{Op: torus.OpAppend, Ref: b.ref, Epoch: f.epoch, Off: at, Len: end - at, Data: data, Peer: p}); err != nil {
+			if err := a.ask(&torus.Request{Op: torus.OpAppend, Ref: b.ref, Epoch: f.epoch, Off: at, Len: end - at, Data: data, Peer: p, Reserve: true}); err != nil {
 				return err
 			}
 			at = end

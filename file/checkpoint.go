@@ -26,13 +26,20 @@ const (
 	classINode = 4
 )
 
+// fullCheckpoint is how often a checkpoint is made, if there is anything to commit, while the cluster is full.
+const fullCheckpoint = time.Second
+
 func (f *File) maybeCheckpoint() {
 	if f.checkpointing || f.closing || f.closed || f.err != nil {
 		return
 	}
 	now := f.loop.Now()
+	every := f.cfg.CheckpointEvery
+	if f.full {
+		every = min(every, fullCheckpoint) // what has been trimmed is given back by a checkpoint only
+	}
 	if f.sinceCkpt < f.cfg.CheckpointBytes && f.m.dirtyLeaves < f.m.maxLeaves/2 &&
-		(f.sinceCkpt == 0 || now-f.lastCkpt < f.cfg.CheckpointEvery) {
+		(f.sinceCkpt == 0 || now-f.lastCkpt < every) {
 		return
 	}
 	if now-f.lastCkpt < time.Second/4 { // one that failed is not repeated at once

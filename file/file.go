@@ -118,6 +118,7 @@ type File struct {
 	// The log.
 	recs                                      []*rec // ring, by seq & mask
 	applied, flushed, held, sent, last, acked uint64
+	tried                                     uint64 // the highest sent ever was
 	building                                  *rec
 	refusedBy                                 torus.PeerID // a peer that called a request invalid
 	sealing                                   bool         // a Defer of sealFn is pending
@@ -280,6 +281,7 @@ func (f *File) housekeeping() {
 		f.startSync()
 	}
 	f.probe()
+	f.checkRoom()
 	f.leaveLost()
 	f.maybeCheckpoint()
 	f.maybeExtend()

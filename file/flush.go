@@ -19,11 +19,10 @@ func (f *File) flush(r *device.Request) {
 		r.Finish(nil)
 		return
 	}
-	if f.full && f.held < f.acked {
-		r.Finish(device.ErrOutOfSpace) // what a lost replica held is in memory here, and there is no room for it elsewhere
-		return
-	}
 	f.waiters = append(f.waiters, flushWaiter{f.acked, r})
+	if f.full && f.sent < f.acked {
+		f.pump() // what a lost replica held is in memory here: if there is no room for it elsewhere, this is where that shows
+	}
 	f.startSync()
 }
 

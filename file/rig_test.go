@@ -38,7 +38,8 @@ type fakePeer struct {
 	blocks   map[torus.BlockRef]*fakeBlock
 	fence    map[torus.VolumeID]uint64
 	up       bool
-	full     bool
+	full     bool                       // refuses new blocks
+	slots    int                        // takes so many blocks, of which rigKept only with Reserve; 0: any number
 	drop     func(*torus.Request) error // a fault: non-nil fails the request
 	conns    []*fakeConn
 	connects time.Duration             // how long that takes
@@ -154,6 +155,11 @@ func validLength(ref torus.BlockRef, b []byte) int {
 	return n
 }
 
+const rigKept = 2
+
+// noRoom reports whether an ordinary block is refused.
+func (p *fakePeer) noRoom() bool { return p.full || p.slots > 0 && len(p.blocks) >= p.slots-rigKept }
+
 func (p *fakePeer) serve(q *torus.Request) error {
 	if p.drop != nil {
 		if err := p.drop(q); err != nil {
@@ -169,7 +175,7 @@ func (p *fakePeer) serve(q *torus.Request) error {
 	switch q.Op {
 	case torus.OpAppend:
 		if b == nil {
-			if p.full {
+			if p.full || p.noRoom() && !q.Reserve || p.slots > 0 && len(p.blocks) >= p.slots {
 				return torus.ErrOutOfSpace
 			}
 			if q.Off > 0 {

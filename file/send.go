@@ -16,6 +16,7 @@ type openBlock struct {
 	synced   uint32 // bytes that every replica has made durable
 	dead     bool   // a replica failed: nothing more is sent here, nothing more counts
 	closed   bool   // full
+	kept     bool   // it may take slots that peers keep back: see nextBlock
 }
 
 type replica struct{ stored, synced uint32 }
@@ -51,13 +52,27 @@ func (f *File) newOp() *appendOp {
 func (f *File) pump() {
 	for f.sent < f.last && f.err == nil {
 		r := f.rec(f.sent + 1)
-		if f.blk == nil || f.blk.closed || f.blk.end+r.size() > f.cfg.BlockSize {
+		if f.blk == nil || f.blk.closed || f.blk.end+r.size() > f.cfg.BlockSize || f.blk.kept && f.full && f.sent >= f.mustSend() {
 			if !f.nextBlock() {
+				if f.full {
+					f.failUnsent()
+				}
 				return
 			}
 		}
 		f.send(r)
 	}
+}
+
+// mustSend is up to which record the log goes on in a full cluster, in slots that peers keep back: what was acknowledged shall not hang on
+// this process and the copies that are left, and trims make room.
+func (f *File) mustSend() uint64 {
+	for s := f.last; s > max(f.sent, f.acked); s-- {
+		if r := f.rec(s); f.closing || r.hdr.Pages() == 0 && len(r.reqs) > 0 {
+			return s
+		}
+	}
+	return f.acked
 }
 
 // send puts r at the end of the open block and sends it to every replica at once.
@@ -68,7 +83,7 @@ func (f *File) send(r *rec) {
 	}
 	r.blk, r.off = b, b.end
 	b.end += r.size()
-	f.sent = r.seq
+	f.sent, f.tried = r.seq, max(f.tried, r.seq)
 	f.stats.LogBytes += uint64(r.size())
 	r.hdr.Ref, r.hdr.Offset, r.hdr.Flushed = b.ref, r.off, f.flushed
 	r.hdr.Encode(r.mem[:pageSize])
@@ -78,6 +93,7 @@ func (f *File) send(r *rec) {
 		o.seg.refs++
 		q := &o.req
 		q.Op, q.Ref, q.Epoch, q.Off, q.Len, q.Data, q.Peer = torus.OpAppend, b.ref, f.epoch, r.off, r.size(), r.mem, p
+		q.Reserve = b.kept
 		f.dist.Submit(p, q)
 		if b.dead {
 			return // the submission failed at once, and the log has rolled
@@ -88,31 +104,45 @@ func (f *File) send(r *rec) {
 // nextBlock makes the next index of the window whose peers are all usable the open block. Indexes passed over are burned.
 // False: there is none now; pump is called again when there may be.
 func (f *File) nextBlock() bool {
-	if f.blk != nil {
+	if f.blk != nil && (!f.blk.kept || f.blk.end+f.rec(f.sent+1).size() > f.cfg.BlockSize) {
 		f.blk.closed = true
 	}
 	if f.tableFull(4) {
 		f.setFull(true)
 		return false
 	}
-	for i := f.next; i < f.win.hi(); i++ {
-		ref := torus.BlockRef{Type: torus.TypeBlock, Volume: f.vol, INode: torus.INodeID(f.epoch), Index: torus.IndexID(i)}
-		ps := f.win.placement(i)
-		set := f.dist.Set(ref, ps)
-		if len(set) < f.repl || !f.usable(set) {
-			continue
-		}
-		f.next = i + 1
-		f.blk = &openBlock{ref: ref, set: set, replicas: make([]replica, len(set)), slot: f.table.add(ref, ps, set)}
-		f.blocks = append(f.blocks, f.blk)
+	if f.takeNext(f.usable, false) {
 		f.setFull(false)
-		f.maybeExtend()
 		return true
 	}
 	// Nothing usable is registered. F1: fewer copies than asked is never a silent success, so wait, or say it is full.
 	healthy, usable := f.dist.Room()
 	f.setFull(usable < f.repl && healthy >= f.repl)
+	if f.full && f.sent < f.mustSend() && f.takeNext(f.spareSet, true) {
+		return true
+	}
 	f.maybeExtend()
+	return false
+}
+
+// takeNext makes the next index of the window whose set is fit the open block.
+func (f *File) takeNext(fit func(torus.PeerList) bool, kept bool) bool {
+	for i := f.next; i < f.win.hi(); i++ {
+		ref := torus.BlockRef{Type: torus.TypeBlock, Volume: f.vol, INode: torus.INodeID(f.epoch), Index: torus.IndexID(i)}
+		ps := f.win.placement(i)
+		set := f.dist.Set(ref, ps)
+		if len(set) < f.repl || !fit(set) {
+			continue
+		}
+		f.next = i + 1
+		if f.blk != nil {
+			f.blk.closed = true
+		}
+		f.blk = &openBlock{ref: ref, set: set, replicas: make([]replica, len(set)), slot: f.table.add(ref, ps, set), kept: kept}
+		f.blocks = append(f.blocks, f.blk)
+		f.maybeExtend()
+		return true
+	}
 	return false
 }
 
@@ -125,9 +155,8 @@ func (f *File) usable(set torus.PeerList) bool {
 	return true
 }
 
-// setFull: while the cluster has no room for a new block, writes fail with ErrOutOfSpace. Those already
-// made into records fail as well, but stay in the log, since their numbers may be known to some
-// replica: they take effect when there is room again.
+// setFull: while the cluster has no room for a new block, writes of data fail with ErrOutOfSpace; trims go on, in slots that the peers keep
+// back, and a checkpoint follows them closely, since only that gives room back.
 func (f *File) setFull(full bool) {
 	if full == f.full {
 		return
@@ -137,29 +166,51 @@ func (f *File) setFull(full bool) {
 		f.log.Info("the cluster has room again")
 		return
 	}
-	f.log.Error("the cluster is out of space: writes fail until peers are added or volumes deleted")
-	f.failUnacked()
-	if f.held < f.acked {
-		waiters := f.waiters
-		f.waiters = nil
-		for _, w := range waiters {
-			w.r.Finish(device.ErrOutOfSpace)
-		}
-	}
+	f.log.Error("the cluster is out of space: writes fail until peers are added, volumes deleted, or parts of volumes trimmed")
+	f.sinceCkpt++ // blocks that were given up may be deleted when it is committed that the window has left them
 	waiting := f.waiting
 	f.waiting = nil
 	for _, p := range waiting {
-		p.drop().Finish(device.ErrOutOfSpace)
+		if dataless(p.r) {
+			f.waiting = append(f.waiting, p)
+		} else {
+			p.drop().Finish(device.ErrOutOfSpace)
+		}
 	}
 }
 
-func (f *File) failUnacked() {
+// checkRoom ends the state of being full when there is nothing to send by which that would show.
+func (f *File) checkRoom() {
+	if _, usable := f.dist.Room(); f.full && usable >= f.repl && f.sent == f.last && !f.tableFull(4) {
+		f.setFull(false)
+	}
+}
+
+// failUnsent fails the writes for which there is no block. Records that no replica has ever been sent are forgotten with them; others
+// stay in the log, since their numbers may be known: they take effect when there is room again.
+func (f *File) failUnsent() {
 	for s := f.acked + 1; s <= f.last && f.err == nil; s++ {
+		if s <= f.sent {
+			continue // under way; it may have come to be by a Finish below
+		}
 		r := f.rec(s)
 		reqs := r.reqs
 		r.reqs = nil
 		for _, q := range reqs {
 			q.Finish(device.ErrOutOfSpace)
+		}
+	}
+	for f.err == nil && f.last > max(f.tried, f.acked) && len(f.rec(f.last).reqs) == 0 {
+		r := f.rec(f.last)
+		f.last--
+		f.unflushed -= len(r.mem)
+		f.forget(r)
+	}
+	if f.err == nil && f.sent < f.acked {
+		waiters := f.waiters
+		f.waiters = nil
+		for _, w := range waiters {
+			w.r.Finish(device.ErrOutOfSpace)
 		}
 	}
 }

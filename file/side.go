@@ -12,7 +12,8 @@ import (
 )
 
 // A sideWriter appends to blocks of this epoch that no window registers, because nobody will look for them before an
-// INode lists them: metadata, and records that a recovery copies.
+// INode lists them: metadata, and records that a recovery copies. Both may take slots that peers keep back: without
+// them a full cluster could not be recovered, nor become less full.
 type sideWriter struct {
 	typ  torus.BlockType
 	next uint64 // next index not used
@@ -39,12 +40,12 @@ func (w *sideWriter) open(f *File, size uint32) (*openBlock, error) {
 	if f.tableFull(1) {
 		return nil, fmt.Errorf("the volume uses %d blocks, which is all it can list: %w", len(f.table.e), torus.ErrOutOfSpace)
 	}
-	if healthy, usable := f.dist.Room(); usable < f.repl {
+	if spare := f.spare(); spare < f.repl {
 		err := torus.ErrNoPeer
-		if healthy >= f.repl {
+		if healthy, _ := f.dist.Room(); healthy >= f.repl {
 			err = torus.ErrOutOfSpace
 		}
-		return nil, fmt.Errorf("%d usable peers for %d copies: %w", usable, f.repl, err)
+		return nil, fmt.Errorf("%d peers with room for %d copies: %w", spare, f.repl, err)
 	}
 	ring := f.dist.Ring()
 	ref := torus.BlockRef{Type: w.typ, Volume: f.vol, INode: torus.INodeID(f.epoch), Index: torus.IndexID(w.next)}
@@ -53,10 +54,12 @@ func (w *sideWriter) open(f *File, size uint32) (*openBlock, error) {
 	ps := &models.PlacementSet{RingVersion: ring.Version(), Replication: uint32(f.repl)}
 	set := perm.Set(f.repl)
 	if !f.usable(set) || len(set) < f.repl {
-		if ps = f.override(perm); ps == nil {
+		if o := f.override(perm); o != nil {
+			ps = o
+			set = f.dist.Set(ref, ps)
+		} else if !f.spareSet(set) {
 			return nil, torus.ErrNoPeer
 		}
-		set = f.dist.Set(ref, ps)
 	}
 	w.blk = &openBlock{ref: ref, set: set, replicas: make([]replica, len(set)), slot: f.table.add(ref, ps, set)}
 	return w.blk, nil
@@ -98,7 +101,7 @@ func (f *File) writeSide(t *loop.Task, recs []*sideRec) error {
 		if errors.Is(r.Err, torus.ErrFenced) {
 			f.fenced(r.Fence)
 		} else if errors.Is(r.Err, torus.ErrOutOfSpace) {
-			f.dist.MarkFull(r.Peer)
+			f.dist.MarkUnfit(r.Peer)
 		}
 	}
 	var reqs []*torus.Request
@@ -110,7 +113,7 @@ func (f *File) writeSide(t *loop.Task, recs []*sideRec) error {
 		for _, p := range r.blk.set {
 			reqs = append(reqs, &torus.Request{
 				Op: torus.OpAppend, Ref: r.blk.ref, Epoch: f.epoch, Off: r.off,
-				Len: uint32(len(r.mem())), Data: r.mem(), Peer: p,
+				Len: uint32(len(r.mem())), Data: r.mem(), Peer: p, Reserve: true,
 			})
 		}
 	}

@@ -16,7 +16,7 @@ func (c *client) directory() {
 		var l []*models.Peer
 		for _, p := range c.r.peers {
 			m := &models.Peer{Uuid: p.id.String(), Address: "x", Alive: p.up}
-			if p.full {
+			if p.noRoom() {
 				m.State = "full"
 			}
 			l = append(l, m)

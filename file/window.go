@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/coreos/torus"
@@ -70,13 +71,11 @@ func trimSpans(spans []*models.Span, lo uint64) []*models.Span {
 }
 
 // newSpan makes a span of n fresh indexes from lo on, placed by the current ring. Where a peer of the ring's choice is not
-// usable now but enough others are, the set is overridden: an index never used may have any set.
+// usable now but enough others are, the set is overridden: an index never used may have any set. In a full cluster it is enough that
+// peers are there.
 func (f *File) newSpan(lo uint64, n int) *models.Span {
 	ring := f.dist.Ring()
 	s := &models.Span{Lo: lo, Hi: lo + uint64(n), RingVersion: ring.Version(), Replication: uint32(f.repl)}
-	if _, usable := f.dist.Room(); usable < f.repl {
-		return s
-	}
 	for i := lo; i < s.Hi; i++ {
 		perm := ring.GetPeers(torus.BlockRef{Type: torus.TypeBlock, Volume: f.vol, INode: torus.INodeID(f.epoch), Index: torus.IndexID(i)})
 		if f.usable(perm.Set(f.repl)) {
@@ -92,29 +91,47 @@ func (f *File) newSpan(lo uint64, n int) *models.Span {
 	return s
 }
 
-// override picks the first usable peers of a permutation; nil if there are too few.
+// override picks the first usable peers of a permutation and, if there are too few, others that may still give a slot that is kept
+// back; nil if there are too few of these as well, or the permutation's own are no worse.
 func (f *File) override(perm torus.PeerPermutation) *models.PlacementSet {
 	o := &models.PlacementSet{RingVersion: f.dist.Ring().Version(), Replication: uint32(f.repl)}
-	pick := func(p torus.PeerID) {
-		if len(o.Peers) < f.repl && f.dist.Usable(p) {
-			for _, q := range o.Peers {
-				if string(q) == string(p[:]) {
-					return
+	pick := func(fit func(torus.PeerID) bool) {
+		for _, list := range []torus.PeerList{perm.Peers, f.dist.Ring().Members()} { // a permutation need not list everybody
+			for _, p := range list {
+				if len(o.Peers) < f.repl && fit(p) && !slices.ContainsFunc(o.Peers, func(q []byte) bool { return string(q) == string(p[:]) }) {
+					o.Peers = append(o.Peers, append([]byte(nil), p[:]...))
 				}
 			}
-			o.Peers = append(o.Peers, append([]byte(nil), p[:]...))
 		}
 	}
-	for _, p := range perm.Peers {
-		pick(p)
-	}
-	for _, p := range f.dist.Ring().Members() { // a permutation need not list everybody
-		pick(p)
+	pick(f.dist.Usable)
+	if len(o.Peers) < f.repl && !f.spareSet(perm.Set(f.repl)) {
+		pick(f.dist.Spare)
 	}
 	if len(o.Peers) < f.repl {
 		return nil
 	}
 	return o
+}
+
+// spareSet reports whether a whole set may still give slots, were it such that are kept back.
+func (f *File) spareSet(set torus.PeerList) bool {
+	for _, p := range set {
+		if !f.dist.Spare(p) {
+			return false
+		}
+	}
+	return len(set) >= f.repl
+}
+
+// spare counts the peers that may still give a slot, were it one that is kept back.
+func (f *File) spare() (n int) {
+	for _, p := range f.dist.Ring().Members() {
+		if f.dist.Spare(p) {
+			n++
+		}
+	}
+	return n
 }
 
 // rate is the log's growth, smoothed over some seconds.
@@ -144,7 +161,7 @@ func (f *File) maybeExtend() {
 	left, want := max(f.win.hi(), f.next)-f.next, f.wantAhead()
 	stuck := f.sent < f.last && (f.blk == nil || f.blk.closed)
 	if stuck {
-		if _, usable := f.dist.Room(); usable < f.repl {
+		if _, usable := f.dist.Room(); usable < f.repl && (f.sent >= f.mustSend() || f.spare() < f.repl) {
 			return // no index would be of use; see Watch
 		}
 	} else if left > want*2/3 {

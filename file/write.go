@@ -54,7 +54,7 @@ func (f *File) write(r *device.Request) {
 		return
 	}
 	f.habit.wrote()
-	if f.full {
+	if f.full && !dataless(r) {
 		r.Finish(device.ErrOutOfSpace)
 		return
 	}
@@ -64,6 +64,11 @@ func (f *File) write(r *device.Request) {
 		return
 	}
 	f.begin(r, nil)
+}
+
+// dataless reports whether a write brings nothing to store: it only makes room.
+func dataless(r *device.Request) bool {
+	return r.Op == device.Trim || r.Op == device.WriteZeroes && r.Off%pageSize == 0 && r.Len%pageSize == 0
 }
 
 // resumeWaiting begins writes that were held back, as far as there is room for them.
@@ -382,9 +387,6 @@ func (f *File) seal() {
 	f.stats.Records++
 	ahead := r.flush
 	f.pump()
-	if f.full {
-		f.failUnacked()
-	}
 	if ahead {
 		f.syncAhead()
 	}

@@ -368,6 +368,9 @@ func (c *Cluster) follow(l *loop.VirtualLoop, name string, id torus.PeerID, mds 
 			for _, p := range c.Peers {
 				if p.ID.String() == m.Uuid {
 					m.Alive = p.Up
+					if p.Up && p.Store.Stats().Full { // as its heartbeat says
+						m.State = "full"
+					}
 				}
 			}
 			seen += fmt.Sprint(m.Uuid, m.Address, m.State, m.Alive)

@@ -21,6 +21,7 @@ type grower struct {
 	d       *Disk
 	running bool
 	retry   time.Duration // not before this loop time
+	timer   *loop.Timer   // then
 	why     string        // there is no further file
 
 	super superblock
@@ -125,6 +126,7 @@ func (g *grower) Done() {
 	}
 	if err != nil {
 		g.retry = d.loop.Now() + growRetry
+		g.timer = d.loop.After(growRetry, d.keepAhead) // nobody else may ask: writers have been told that this peer is full
 		if why := err.Error(); why != g.why {
 			g.why = why
 			d.log.Warn("cannot make another file of slots", "file", slotsName(g.super.number), "err", err)

@@ -142,7 +142,8 @@ func (r *Repairer) mend(t *loop.Task, it *item) error {
 	if it.growing {
 		most = it.length
 	}
-	return r.change(t, &torus.Request{Op: torus.OpPut, Ref: it.ref, Epoch: it.epoch, Len: most, Data: data})
+	// In place of a copy that is there it needs a slot for a moment only, and may have one that is kept back.
+	return r.change(t, &torus.Request{Op: torus.OpPut, Ref: it.ref, Epoch: it.epoch, Len: most, Data: data, Reserve: here})
 }
 
 // change asks the peer's own service.
