@@ -19,7 +19,7 @@ const (
 	OpSync Op = 3
 	// OpFence persists the promise to refuse every epoch of Ref.Volume below Epoch, waits for appends under
 	// way, and then replies the tails of all blocks with Type Ref.Type, INode Ref.INode and an Index in
-	// [Ref.Index, Ref.Index+Len). Refused with ErrFenced only if Epoch is *below* the fence; then
+	// [Ref.Index, Ref.Index+Len), damaged ones as Suspect. Refused with ErrFenced only if Epoch is *below* the fence; then
 	// Fence is the epoch promised. Len 0 asks for no tails.
 	OpFence Op = 4
 	// OpSeal (mutating) makes Ref immutable at Len bytes; a longer tail is dropped. A hint, sent after a commit.

@@ -21,7 +21,13 @@ func (d *Disk) Damaged(fn func(torus.BlockRef)) {
 }
 
 func (d *Disk) noteDamage(ref torus.BlockRef, err error) {
-	if d.damaged != nil && (errors.Is(err, torus.ErrIO) || errors.Is(err, torus.ErrCorrupt)) {
+	if !errors.Is(err, torus.ErrIO) && !errors.Is(err, torus.ErrCorrupt) {
+		return
+	}
+	if s, ok := d.index.find(keyOf(ref)); ok && d.slots[s].open >= 0 {
+		d.opens[d.slots[s].open].hurt = true
+	}
+	if d.damaged != nil {
 		d.damaged(ref)
 	}
 }

@@ -108,6 +108,7 @@ type openBlock struct {
 	failed  bool   // bytes were lost by a failed write or fdatasync; length is what was durable
 	suspect bool   // records behind the length were found: the slot is kept, and they can be read by who knows their checksums
 	unread  bool   // the medium could not be read when the store was opened; length is what was verified
+	hurt    bool   // a read failed
 }
 
 // file is a slots file.
@@ -213,35 +214,31 @@ func (d *Disk) unpark() {
 
 func (d *Disk) tail(s uint32) torus.Tail {
 	x := &d.slots[s]
-	return torus.Tail{Ref: x.key.ref(), Length: x.length, Sealed: x.state == sealed || x.state == sealing}
+	t := torus.Tail{Ref: x.key.ref(), Length: x.length, Sealed: x.state == sealed || x.state == sealing}
+	if x.open >= 0 {
+		o := &d.opens[x.open]
+		t.Suspect = o.failed || o.suspect || o.unread || o.hurt
+	}
+	return t
 }
 
 // fence replies the tails of a window of blocks. The fence itself is kept by package peer; nothing that came before is still
 // under way here, as what may change a block is done, or waits in the same queue, before this is reached.
 func (d *Disk) fence(r *torus.Request) {
 	r.Tails, r.Committed = nil, 0
-	var err error
 	d.index.window(r, func(s uint32) {
-		x := &d.slots[s]
+		x, t := &d.slots[s], d.tail(s)
 		if x.open >= 0 {
-			if d.opens[x.open].unread {
-				// Its true length is unknown, and a short answer would count as the whole truth.
-				err = fmt.Errorf("block %v could not be read when the store was opened: %w", x.key.ref(), torus.ErrIO)
-			}
 			r.Committed = max(r.Committed, d.opens[x.open].flushed)
-		} else {
-			flushed, rerr := d.sealedFlushed(s)
-			if rerr != nil {
-				err = rerr
-			}
+		} else if flushed, err := d.sealedFlushed(s); err == nil {
 			r.Committed = max(r.Committed, flushed)
+		} else {
+			t.Suspect = true // how much of it was flushed is not known
+			d.noteDamage(t.Ref, err)
 		}
-		r.Tails = append(r.Tails, d.tail(s))
+		r.Tails = append(r.Tails, t)
 	})
-	if err != nil {
-		r.Tails, r.Committed = nil, 0
-	}
-	r.Finish(err)
+	r.Finish(nil)
 }
 
 // newOpen gives a slot an openBlock.
@@ -472,6 +469,7 @@ func (d *Disk) Close() error {
 	d.gone = true
 	d.io.Unlock()
 	d.writer.timer.Stop()
+	d.grow.timer.Stop()
 
 	var errs []error
 	parked := d.parked

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io/fs"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -330,11 +331,16 @@ func TestReadErrors(t *testing.T) {
 	f.hit = func(vfs.Op) error { return nil }
 	_, err := b.Read(ref, 0, 100)
 	must(t, err)
+	fence := &torus.Request{Op: torus.OpFence, Ref: storetest.Ref(0), Len: 10}
+	must(t, b.Do(fence).Err)
+	if !slices.ContainsFunc(fence.Tails, func(t torus.Tail) bool { return t.Ref == ref && t.Suspect }) {
+		t.Errorf("tails %+v", fence.Tails)
+	}
 	must(t, b.Append(ref, 8192, storetest.Record(ref, 8192, 2, 0, 1))) // a read error is not the end
 }
 
-// A block that cannot be read when the store is opened is kept, takes nothing more, and is never answered for in a recovery:
-// a short answer would count as the whole truth (D3).
+// A block that cannot be read when the store is opened is kept, takes nothing more, and a fence says that others may hold more of it: a
+// short answer would count as the whole truth (D3).
 func TestUnreadableOpenBlock(t *testing.T) {
 	mem := vfs.NewMem(1)
 	f := faulty(mem)
@@ -364,12 +370,15 @@ func TestUnreadableOpenBlock(t *testing.T) {
 	}
 	b = bench(t, f)
 	fence := &torus.Request{Op: torus.OpFence, Ref: storetest.Ref(0), Len: 10}
-	want(t, b.Do(fence).Err, torus.ErrIO)
-	if len(fence.Tails) != 0 {
-		t.Error("tails in spite of the error")
+	must(t, b.Do(fence).Err)
+	if len(fence.Tails) != 1 || !fence.Tails[0].Suspect || int(fence.Tails[0].Length) >= len(all) {
+		t.Errorf("tails %+v", fence.Tails)
 	}
 	fence = &torus.Request{Op: torus.OpFence, Ref: other, Len: 10}
 	must(t, b.Do(fence).Err)
+	if len(fence.Tails) != 1 || fence.Tails[0].Suspect {
+		t.Errorf("tails %+v", fence.Tails)
+	}
 	want(t, b.Append(ref, 0, all[:4096*5]), torus.ErrIO)
 	want(t, b.Sync(ref, 1), torus.ErrIO)
 	want(t, b.Seal(ref, 0), torus.ErrIO)

@@ -331,7 +331,7 @@ func (r *recovery) walk(f *file, s uint32) bool {
 	x := &d.slots[s]
 	ref, block := x.key.ref(), d.id.BlockSize
 	unread := func(at uint64, err error) bool {
-		d.log.Error("cannot read an open block: it takes no more appends, and is not answered for in a recovery",
+		d.log.Error("cannot read an open block: it takes no more appends, and a recovery is told that others may hold more of it",
 			"block", ref, "file", f.name, "offset", at, "err", err)
 		o.unread = true
 		return true
