@@ -30,6 +30,8 @@ const (
 	// roomPatience is how long it tries again when there is no room for what it has to write: a peer that was full may have news, and a
 	// store whose disk had no space looks again after 5 s.
 	roomPatience = 10 * time.Second
+	// corruptTries is how many attempts may meet with damage before it is final.
+	corruptTries = 3
 	// scanBytes is how many bytes of headers are asked for at a time.
 	scanBytes = 512 << 10
 	// copyBytes bounds a copy in one request, and copyBatch what a recovery holds in memory.
@@ -67,10 +69,18 @@ type opening struct {
 	f         *File // of the present attempt
 	cancelled bool
 	fullSince time.Duration // loop time; 0: there was room
+	corrupt   int           // attempts that met with damage
 }
 
 // judge decides whether an attempt that failed is followed by another: its error then wraps torus.ErrAgain.
 func (o *opening) judge(err error, now time.Duration) error {
+	if errors.Is(err, torus.ErrCorrupt) && !errors.Is(err, torus.ErrFenced) {
+		// A peer may have lost power between two answers: what it said before does not fit what it says then.
+		if o.corrupt++; o.corrupt < corruptTries {
+			return fmt.Errorf("%w: %w", torus.ErrAgain, err)
+		}
+		return err
+	}
 	if !errors.Is(err, torus.ErrOutOfSpace) {
 		o.fullSince = 0
 		return err
@@ -102,6 +112,8 @@ type recovery struct {
 	event   func() // wakes the task
 	found   []foundRec
 	seqUpTo uint64
+	// committed is the highest record that is known to have been flushed.
+	committed uint64
 }
 
 // oldBlock is a block of the window as it was found.
@@ -236,8 +248,7 @@ func (a *recovery) run() error {
 	if err := a.scan(); err != nil { // step 4
 		return err
 	}
-	f.applied, f.flushed, f.held, f.sent, f.last, f.acked = a.seqUpTo, a.seqUpTo, a.seqUpTo, a.seqUpTo, a.seqUpTo, a.seqUpTo
-	f.tried = a.seqUpTo
+	a.goOnFrom(a.seqUpTo)
 	// Enough peers must be there; and those that are alive get a moment to connect, lest the whole first window be placed on the
 	// few that were quickest.
 	grace := f.loop.Now() + fenceGrace
@@ -284,6 +295,13 @@ func (a *recovery) run() error {
 	a.discard()
 	f.sealBlocks(f.next) // step 6: the window's blocks, those of the rescue, and what the new INode was written to
 	return nil
+}
+
+// goOnFrom makes seq the last record of the log.
+func (a *recovery) goOnFrom(seq uint64) {
+	f := a.f
+	a.seqUpTo = seq
+	f.applied, f.flushed, f.held, f.sent, f.last, f.acked, f.tried = seq, seq, seq, seq, seq, seq, seq
 }
 
 // discard deletes the blocks of the old window that the recovered history has no use for: copies of records that are whole elsewhere, and
@@ -535,9 +553,8 @@ func (a *recovery) holders(b *oldBlock, n uint32) (l torus.PeerList) {
 // duplicates, those from the head on to the first gap.
 func (a *recovery) scan() error {
 	f := a.f
-	committed := uint64(0)
 	for _, p := range a.order {
-		committed = max(committed, a.peers[p].committed)
+		a.committed = max(a.committed, a.peers[p].committed)
 	}
 	var busy []*oldBlock
 	for _, b := range a.blocks {
@@ -563,7 +580,7 @@ func (a *recovery) scan() error {
 	var all []foundRec
 	for _, b := range busy {
 		for _, r := range b.recs {
-			committed = max(committed, r.hdr.Flushed)
+			a.committed = max(a.committed, r.hdr.Flushed)
 			if err := f.checkExtents(&r.hdr); err != nil {
 				return err
 			}
@@ -580,10 +597,10 @@ func (a *recovery) scan() error {
 		a.seqUpTo = r.hdr.Seq
 		a.found = append(a.found, r) // every copy: which one counts is decided when it is known which are whole
 	}
-	if a.seqUpTo < committed {
+	if a.seqUpTo < a.committed {
 		return &torus.Error{
 			Op: "recover", Obj: "volume " + f.cfg.Volume.Name,
-			Err:  fmt.Errorf("%w: the log ends at record %d, but record %d was flushed", torus.ErrCorrupt, a.seqUpTo, committed),
+			Err:  fmt.Errorf("%w: the log ends at record %d, but record %d was flushed", torus.ErrCorrupt, a.seqUpTo, a.committed),
 			Hint: "Flushed data is missing on every peer that answered. Bring back the peers that hold it; nothing has been changed.",
 		}
 	}
@@ -761,8 +778,7 @@ func (a *recovery) replay() error {
 				pick = j
 			}
 		}
-		r := &a.found[pick]
-		i = j
+		r, copies := &a.found[pick], a.found[i:j]
 		var slot, first uint32
 		if r.blk.whole {
 			if !r.blk.listed {
@@ -775,7 +791,14 @@ func (a *recovery) replay() error {
 			}
 			slot, first = r.blk.slot, r.hdr.Offset/pageSize+1
 		} else {
-			c, err := a.rescue(&side, r)
+			c, err := a.rescueOne(&side, copies)
+			if errors.Is(err, torus.ErrCorrupt) && r.hdr.Seq > a.committed && a.allAnswered(copies) {
+				f.log.Error("the only copies of a record that nobody is known to have flushed are damaged: the log ends before it",
+					"record", r.hdr.Seq, "block", r.blk.ref.String(), "dropped", a.seqUpTo+1-r.hdr.Seq)
+				a.found = a.found[:i]
+				a.goOnFrom(r.hdr.Seq - 1)
+				break
+			}
 			if err != nil {
 				return err
 			}
@@ -791,6 +814,7 @@ func (a *recovery) replay() error {
 			return err
 		}
 		f.applyExtents(slot, first, &r.hdr)
+		i = j
 	}
 	if len(batch) > 0 {
 		if err := flush(); err != nil {
@@ -799,6 +823,32 @@ func (a *recovery) replay() error {
 	}
 	f.next = max(f.next, side.next)
 	return nil
+}
+
+// rescueOne copies a record into a block of this epoch, from any of the blocks that have it.
+func (a *recovery) rescueOne(w *sideWriter, copies []foundRec) (c *sideRec, err error) {
+	for i := range copies {
+		if c, err = a.rescue(w, &copies[i]); !errors.Is(err, torus.ErrCorrupt) {
+			return c, err
+		}
+	}
+	return nil, &torus.Error{
+		Op: "recover", Obj: "volume " + a.f.cfg.Volume.Name,
+		Err:  fmt.Errorf("record %d of the log is damaged on every peer that answered: %w", copies[0].hdr.Seq, err),
+		Hint: "Bring back the peers that hold another copy; nothing has been changed.",
+	}
+}
+
+// allAnswered reports whether nobody is missing who might have a good copy of a record.
+func (a *recovery) allAnswered(copies []foundRec) bool {
+	for _, r := range copies {
+		for _, p := range r.blk.set {
+			if !a.peers[p].answered || !a.f.dist.Healthy(p) {
+				return false
+			}
+		}
+	}
+	return true
 }
 
 // rescue copies a record into a block of this epoch.

@@ -1,6 +1,7 @@
 package file_test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"testing"
@@ -201,5 +202,45 @@ func TestRecoveryWithAPeerThatFails(t *testing.T) {
 	r.attach(nil)
 	if took := r.v.Now() - began; took > 4*time.Second || asked > 15 {
 		t.Errorf("attach took %v and asked it %d times", took, asked)
+	}
+}
+
+// A replica that says at first that its bytes are damaged, as one does that lost power between two answers of the same attach, is asked
+// again before that is final.
+func TestDamageThatPasses(t *testing.T) {
+	for _, times := range []int{1, 2, 3} {
+		r := newRig(t, 1, 3, 2, 8<<20)
+		c := r.attach(nil)
+		c.must(&device.Request{Op: device.Write, Data: pg(1, 1), Flags: device.FUA})
+		c.must(&device.Request{Op: device.Write, Data: pg(2, 1), Flags: device.FUA})
+		c.kill()
+		l, _ := r.holders()
+		l[1].crash(false)
+		left := times
+		l[0].drop = func(q *torus.Request) error {
+			if q.Op == torus.OpRead && q.Ref.Type == torus.TypeBlock && left > 0 {
+				left--
+				return torus.ErrCorrupt
+			}
+			return nil
+		}
+		c = r.client(nil)
+		if !r.v.Run(func() bool { return c.done }, time.Minute) {
+			t.Fatal("the attach does not end")
+		}
+		if times == 3 {
+			if !errors.Is(c.err, torus.ErrCorrupt) {
+				t.Errorf("damage that stays: %v", c.err)
+			}
+			continue
+		}
+		if c.err != nil {
+			t.Fatalf("damage that passed after %d answers: %v", times, c.err)
+		}
+		b := make([]byte, 4096)
+		c.must(&device.Request{Op: device.Read, Data: b})
+		if !bytes.Equal(b, pg(2, 1)) {
+			t.Error("the last write is gone")
+		}
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/coreos/torus/device"
 	"github.com/coreos/torus/file"
 	"github.com/coreos/torus/metadata/temp"
+	"github.com/coreos/torus/record"
 	"github.com/coreos/torus/vfs"
 )
 
@@ -195,6 +196,156 @@ func TestFullClusterSaysSo(t *testing.T) {
 	s.V.RunFor(10 * time.Second)
 	s.must(&device.Request{Op: device.Write, Data: s.page(2), Flags: device.FUA})
 	s.expect(s.cl, s.f, 2)
+}
+
+// The writer dies while every peer is full. The next attach recovers what was acknowledged in the slots that peers keep back, trims, and the
+// room that gives is enough to write again (W1, F1).
+func TestFullClusterIsRecoveredAndTrimmed(t *testing.T) {
+	s := newScene(t, Options{Peers: 3, Replication: 2, BlockSize: 256 << 10, PeerBytes: 8 << 20, SlotsPerFile: 8})
+	chunk := func(i int) []byte { return bytes.Repeat([]byte{byte(i), byte(i >> 8), 1, 2}, 16<<10) }
+	const size = 64 << 10
+	n := 0
+	for ; ; n++ {
+		err := s.cl.Do(s.f, &device.Request{Op: device.Write, Off: uint64(n) * size, Len: size, Data: chunk(n)}, time.Minute)
+		if errors.Is(err, device.ErrOutOfSpace) {
+			break
+		}
+		if err != nil || n == 250 {
+			t.Fatalf("chunk %d: %v", n, err)
+		}
+	}
+	s.cl.Kill()
+	var err error
+	if s.cl, s.f, err = s.attach("next", true); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, size)
+	for i := range n {
+		s.must(&device.Request{Op: device.Read, Off: uint64(i) * size, Data: got})
+		if !bytes.Equal(got, chunk(i)) {
+			t.Fatalf("chunk %d of %d, acknowledged, is gone", i, n)
+		}
+	}
+	half := uint64(n/2) * size
+	s.must(&device.Request{Op: device.Trim, Len: half})
+	s.must(&device.Request{Op: device.Flush})
+	s.V.RunFor(5 * time.Second)
+	for i := range n / 4 {
+		s.must(&device.Request{Op: device.Write, Off: uint64(i) * size, Data: chunk(i + 1000), Flags: device.FUA})
+	}
+	for i := range n {
+		want := chunk(i)
+		switch {
+		case i < n/4:
+			want = chunk(i + 1000)
+		case uint64(i)*size < half:
+			want = make([]byte, size)
+		}
+		s.must(&device.Request{Op: device.Read, Off: uint64(i) * size, Data: got})
+		if !bytes.Equal(got, want) {
+			t.Fatalf("chunk %d of %d is not what it was made", i, n)
+		}
+	}
+}
+
+// The writer dies, and one of two peers, too; the other is started again and finds rot in the middle of the log. It says so: its short
+// answer is not taken for the whole truth as long as the first may come back (D1).
+func TestDamagedCopyDoesNotEndTheLog(t *testing.T) {
+	s := newScene(t, Options{Peers: 2, Replication: 2, BlockSize: 256 << 10, PeerBytes: 64 << 20})
+	for i := range byte(8) {
+		s.must(&device.Request{Op: device.Write, Data: s.page(i + 1), Flags: device.FUA})
+	}
+	s.cl.Kill()
+	damaged, away := s.Peers[0], s.Peers[1]
+	away.PowerLoss()
+	damaged.Kill()
+	var h record.Header
+	third := func(_ string, _ int64, page []byte) bool {
+		return h.Decode(page) == nil && h.Ref.Type == torus.TypeBlock && h.Seq == 3
+	}
+	for damaged.FS.Rot(s.V.Rand(), third) > 0 { // until it has hit what counts
+	}
+	if err := damaged.Start(); err != nil {
+		t.Fatal(err)
+	}
+	back := s.V.Now() + 20*time.Second
+	s.V.At(back-s.V.Now(), func() {
+		if err := away.Start(); err != nil {
+			t.Error(err)
+		}
+	})
+	cl, f, err := s.attach("next", true)
+	if err != nil {
+		t.Fatalf("D1: %v", err)
+	}
+	if s.V.Now() < back {
+		t.Error("attached before anybody knew how the log ends")
+	}
+	s.expect(cl, f, 8)
+}
+
+// The only copy of a record is damaged. If nobody can have flushed it, as the other peer of its block never had it, the log ends before it, and
+// the volume is served (C1). If it is known to have been flushed, an attach stops and says so (D1).
+func TestOnlyCopyIsDamaged(t *testing.T) {
+	for _, flushed := range []bool{false, true} {
+		s := newScene(t, Options{Peers: 2, Replication: 2, BlockSize: 256 << 10, PeerBytes: 64 << 20})
+		s.must(&device.Request{Op: device.Write, Data: s.page(1), Flags: device.FUA})
+		victim, other := s.Peers[0], s.Peers[1]
+		if flushed {
+			s.must(&device.Request{Op: device.Write, Data: s.page(2), Flags: device.FUA})
+			s.must(&device.Request{Op: device.Write, Data: s.page(3), Flags: device.FUA}) // says that the second is
+		}
+		s.Net.Partition("client", other.Name)
+		for i := range byte(3) {
+			s.cl.Loop.Post(func() {
+				s.f.Submit(&device.Request{Op: device.Write, Len: PageSize, Data: s.page(10 + i), Done: func(*device.Request) {}})
+			})
+			s.V.RunFor(10 * time.Millisecond)
+		}
+		s.cl.Kill()
+		s.V.RunFor(time.Second)
+		victim.Kill() // what it has is durable when it has started again
+		if err := victim.Start(); err != nil {
+			t.Fatal(err)
+		}
+		damage := func(p *Peer) {
+			n := 0
+			second := false
+			var h record.Header
+			p.FS.Rot(s.V.Rand(), func(_ string, _ int64, page []byte) bool {
+				if second {
+					second = false
+					n++
+					return true // the page of data behind the header
+				}
+				second = h.Decode(page) == nil && h.Ref.Type == torus.TypeBlock && h.Seq == 2
+				return false
+			})
+			if n == 0 {
+				t.Fatal("the second record is not where it should be")
+			}
+		}
+		damage(victim)
+		if flushed {
+			damage(other)
+			other.fault = func(op vfs.Op) error { // nor is what it holds made whole in place
+				if op.Kind == vfs.OpDatasync && strings.HasPrefix(op.Name, "slots-") {
+					return errMedium
+				}
+				return nil
+			}
+		}
+		cl, f, err := s.attach("next", true)
+		switch {
+		case flushed && !errors.Is(err, torus.ErrCorrupt):
+			t.Errorf("D1: a flushed record is damaged everywhere, and an attach says %v", err)
+		case flushed:
+		case err != nil:
+			t.Errorf("the only copy of what was never acknowledged is damaged: %v", err)
+		default:
+			s.expect(cl, f, 1)
+		}
+	}
 }
 
 // A peer whose disk was replaced by an empty one must not come back as if nothing had happened: "I have nothing" would then count as

@@ -145,7 +145,7 @@ var mutants = []Mutant{
 	},
 	{
 		Name: "committed-ignored", Rule: "an attach does not stop where the log ends below what was flushed", File: "file/attach.go",
-		Edits: []Edit{{"	if a.seqUpTo < committed {\n", "	if a.seqUpTo < committed && len(a.blocks) == 0 {\n"}},
+		Edits: []Edit{{"	if a.seqUpTo < a.committed {\n", "	if a.seqUpTo < a.committed && len(a.blocks) == 0 {\n"}},
 	},
 	{
 		Name: "any-peer-answers", Rule: "a peer answers for blocks of whose registered set it is not", File: "file/attach.go",
@@ -175,6 +175,34 @@ var mutants = []Mutant{
 		Name: "fenced-goes-on", Rule: "a writer that is told of a newer epoch goes on", File: "file/ack.go",
 		Edits: []Edit{{"		f.fenced(q.Fence)\n		return\n", "		return\n"}},
 		More:  map[string][]Edit{"file/file.go": {{"			if errors.Is(r.Err, torus.ErrFenced) && f.err == nil {", "			if errors.Is(r.Err, torus.ErrFenced) && f.err != nil {"}}},
+	},
+
+	{
+		Name: "doubt-ignored", Rule: "an attach takes the tail of a copy that is known to be damaged for the block's", File: "file/attach.go",
+		Edits:   []Edit{{"!sure && !a.peers[p].answered", "!sure && a.f.repl == 0"}},
+		Package: "./sim", Test: "^TestDamagedCopyDoesNotEndTheLog$",
+	},
+
+	{
+		Name: "flushed-dropped", Rule: "an attach drops a record whose only copies are damaged, though it is known to have been flushed", File: "file/attach.go",
+		Edits:   []Edit{{" && r.hdr.Seq > a.committed && ", " && "}},
+		Package: "./sim", Test: "^TestOnlyCopyIsDamaged$",
+	},
+
+	// A full cluster.
+	{
+		Name: "kept-for-all", Rule: "any write may take the slots that a store keeps back", File: "storage/disk.go",
+		Edits:   []Edit{{"		limit -= d.kept\n", "		limit -= 0\n"}, {"	if !reserve && d.scarce() {", "	if !reserve && d.limit == 0 {"}},
+		Package: "./sim", Test: "^TestFullClusterIsRecoveredAndTrimmed$",
+	},
+	{
+		Name: "copies-without-reserve", Rule: "a recovery's copies and a checkpoint take ordinary slots", File: "file/side.go",
+		Edits:   []Edit{{", Peer: p, Reserve: true,", ", Peer: p,"}},
+		Package: "./file", Test: "^TestAttachWhenFull$",
+	},
+	{
+		Name: "discard-listed", Rule: "an attach deletes blocks of the old window that the new head lists", File: "file/attach.go",
+		Edits: []Edit{{"; listed || b.atHead {", "; listed && b.atHead {"}},
 	},
 
 	// Stores, by their crash tests.
