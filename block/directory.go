@@ -1,6 +1,7 @@
 package block
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -48,6 +49,7 @@ type Directory struct {
 	log       *slog.Logger
 	blockSize uint32
 	stopping  bool
+	unclean   error // the first volume that was not released in order since then
 	open      map[string]*opened
 	ctx       context.Context
 	cancel    context.CancelFunc
@@ -273,6 +275,9 @@ func (d *Directory) attach(name string, o *opened) {
 		}
 	}
 	d.find(name, func(v *models.Volume, err error) {
+		if err == nil && d.stopping {
+			err = device.ErrShutdown
+		}
 		if err != nil {
 			finish(nil, err)
 			return
@@ -354,6 +359,12 @@ func (d *Directory) detach(name string, o *opened, done func(error)) {
 	o.closing = true
 	o.unwatch()
 	gone := func(err error) {
+		if err != nil {
+			err = fmt.Errorf("volume %s was not released in order, the next attach recovers it: %w", name, err)
+			if d.stopping && d.unclean == nil {
+				d.unclean = err
+			}
+		}
 		d.release(torus.VolumeID(o.vol.info.Id))
 		delete(d.open, name)
 		done(err)
@@ -389,15 +400,27 @@ func (d *Directory) Each(fn func(*Volume)) {
 	}
 }
 
-// Shutdown detaches everything, whoever uses it, and gives the lease back; done is called on the loop. No
+// Stop refuses to open volumes from now on, and calls off the attaches under way, which may else wait for peers for as long as
+// it takes. It comes before Shutdown where users have to be waited for in between. Call it on the loop.
+func (d *Directory) Stop() {
+	d.stopping = true
+	for _, o := range d.open {
+		if o.vol == nil && o.cancel != nil {
+			o.cancel()
+		}
+	}
+}
+
+// Shutdown detaches everything, whoever uses it, and gives the lease back; done is called on the loop, with an error if
+// a volume was not released in order, since Stop. No
 // Open may follow. Call it on the loop.
 func (d *Directory) Shutdown(done func(error)) {
-	d.stopping = true
+	d.Stop()
 	var first error
 	left := 1
 	end := func(err error) {
 		if first == nil {
-			first = err
+			first = cmp.Or(err, d.unclean)
 		}
 		if left--; left > 0 {
 			return
@@ -432,9 +455,6 @@ func (d *Directory) Shutdown(done func(error)) {
 				}
 				d.detach(name, o, end)
 			})
-			if o.cancel != nil {
-				o.cancel()
-			}
 		default:
 			d.detach(name, o, end)
 		}

@@ -3,6 +3,7 @@ package block
 import (
 	"context"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -146,6 +147,47 @@ func TestShutdownDuringAttach(t *testing.T) {
 		t.Fatal("Shutdown waits for ever for an attach that waits for ever for peers")
 	}
 	<-ch
+}
+
+// Stop alone ends an attach that waits for peers, soon: whoever waits for its user to go does not wait for it.
+func TestStopEndsAttach(t *testing.T) {
+	k := newCluster(t, false)
+	ch := k.open()
+	time.Sleep(300 * time.Millisecond)
+	began := time.Now()
+	k.do(k.dir.Stop)
+	select {
+	case o := <-ch:
+		if o.err == nil || time.Since(began) > 2*time.Second {
+			t.Fatalf("after %v: %v", time.Since(began), o.err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("the attach goes on")
+	}
+}
+
+// A volume that its last user gives back, and that is not released in order, is told of by Shutdown.
+func TestUncleanReleaseIsTold(t *testing.T) {
+	k := newCluster(t, true)
+	o := <-k.open()
+	if o.err != nil {
+		t.Fatal(o.err)
+	}
+	k.c.SetFaults(func(_ context.Context, method string) temp.Fault {
+		if method == "Unlock" {
+			return temp.FailBefore
+		}
+		return temp.None
+	})
+	shut := make(chan error, 1)
+	k.do(func() {
+		k.dir.Stop()
+		k.dir.Close("v", o.dev)
+		k.dir.Shutdown(func(err error) { shut <- err })
+	})
+	if err := <-shut; err == nil || !strings.Contains(err.Error(), "volume v was not released") {
+		t.Fatalf("Shutdown says %v", err)
+	}
 }
 
 // B3: the lease is lost, and the first attempt to hold the volume again fails: it is never tried again.

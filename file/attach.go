@@ -47,6 +47,7 @@ const (
 func Open(cfg Config, done func(*File, error)) (cancel func()) {
 	cfg.setDefaults()
 	o := &opening{}
+	o.ctx, o.stop = context.WithCancel(context.Background())
 	loop.Go(cfg.Loop, func(t *loop.Task) {
 		for {
 			f, err := attach(t, cfg, o)
@@ -54,6 +55,7 @@ func Open(cfg Config, done func(*File, error)) (cancel func()) {
 				err = device.ErrShutdown
 			}
 			if err == nil || !errors.Is(err, torus.ErrAgain) {
+				o.stop()
 				done(f, err)
 				return
 			}
@@ -68,6 +70,8 @@ func Open(cfg Config, done func(*File, error)) (cancel func()) {
 type opening struct {
 	f         *File // of the present attempt
 	cancelled bool
+	ctx       context.Context // of the calls to the MDS that nobody needs any more when the attach is called off
+	stop      context.CancelFunc
 	fullSince time.Duration // loop time; 0: there was room
 	corrupt   int           // attempts that met with damage
 }
@@ -96,6 +100,7 @@ func (o *opening) judge(err error, now time.Duration) error {
 
 func (o *opening) cancel() {
 	o.cancelled = true
+	o.stop()
 	if o.f != nil {
 		o.f.fail(device.ErrShutdown)
 	}
@@ -174,7 +179,7 @@ func attach(t *loop.Task, cfg Config, o *opening) (_ *File, err error) {
 	}
 	// Step 1: a new epoch, and what the last one left.
 	t.Call(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), mdsTimeout)
+		ctx, cancel := context.WithTimeout(o.ctx, mdsTimeout)
 		defer cancel()
 		f.state, err = cfg.MDS.Attach(ctx, f.vol, cfg.Lease, cfg.Holder, cfg.Force)
 	})
@@ -194,8 +199,12 @@ func attach(t *loop.Task, cfg Config, o *opening) (_ *File, err error) {
 		}
 		err = o.judge(err, f.loop.Now())
 		if !errors.Is(err, torus.ErrAgain) {
+			patience := mdsTimeout
+			if o.cancelled {
+				patience = time.Second
+			}
 			t.Call(func() {
-				ctx, cancel := context.WithTimeout(context.Background(), mdsTimeout)
+				ctx, cancel := context.WithTimeout(context.Background(), patience)
 				defer cancel()
 				_ = cfg.MDS.Unlock(ctx, f.vol, f.epoch) // else its lease ends it
 			})

@@ -128,7 +128,10 @@ func (v *Volumes) Close() error { return v.stops.run() }
 
 func (v *Volumes) disconnect() error {
 	done := make(chan struct{})
-	v.loop.Post(func() { v.srv.Shutdown(func() { close(done) }) })
+	v.loop.Post(func() {
+		v.dir.Stop() // a client may be waiting for an attach that waits for peers
+		v.srv.Shutdown(func() { close(done) })
+	})
 	select {
 	case <-done:
 	case <-time.After(shutdownTimeout):
