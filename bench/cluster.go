@@ -197,8 +197,11 @@ func (m metrics) sum(name string) (sum float64) {
 	return sum
 }
 
-// heap is what is alive in the heap of a process right after a collection, bytes.
+// heap is what is alive in the heap of a process, bytes: after two collections, as pools survive the first.
 func heap(ctx context.Context, address string) (n uint64, err error) {
+	if err := get(ctx, "http://"+address+"/debug/pprof/heap?gc=1&debug=1", discard); err != nil {
+		return 0, err
+	}
 	const mark = "# HeapAlloc = "
 	err = get(ctx, "http://"+address+"/debug/pprof/heap?gc=1&debug=1", func(r io.Reader) error {
 		b, err := io.ReadAll(r)

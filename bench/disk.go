@@ -267,8 +267,8 @@ func (s *scale) blocks(ctx context.Context) error {
 	const area = 1 << 30
 	sizes := &table{
 		title: "Size of a block",
-		note:  "One volume of 1 GiB, written through first, then a flush after each of its writes, then as many as it takes, then large ones. CPU seconds for 10,000 operations of all processes; transactions in etcd for a GiB written; blocks at all peers at the end.",
-		head:  []string{"block", "load", "ops/s", "CPU", "switches / op", "p50 / p99 µs", "etcd txn / GiB", "blocks"},
+		note:  "One volume of 1 GiB, written through first, then a flush after each of its writes, then as many as it takes, then large ones. CPU seconds for 10,000 operations of all processes; transactions in etcd for the volume; blocks at all peers at the end.",
+		head:  []string{"block", "load", "ops/s", "CPU", "switches / op", "p50 / p99 µs", "etcd txn", "blocks"},
 	}
 	depths := &table{
 		title: "Depth: writes in a record, with blocks of 4 MiB",
@@ -329,7 +329,7 @@ func (s *scale) blockSize(ctx context.Context, size, area byteSize, sizes, depth
 		}
 		s.say("blocks of %v: %s: %.0f/s", size, l.title, m.IOPS)
 		sizes.add(size.String(), l.title, thousands(m.IOPS), significant(m.CPUPer10k), significant(m.SwitchesPerOp), thousands(m.LatencyUs.P50)+" / "+thousands(m.LatencyUs.P99),
-			significant(float64(is.Txn-was.Txn)/(m.Ops*float64(l.bs)/(1<<30))), thousands(blocks))
+			strconv.FormatUint(is.Txn-was.Txn, 10), thousands(blocks))
 	}
 	if size != 4<<20 {
 		return nil

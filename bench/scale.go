@@ -39,12 +39,13 @@ const (
 	sectionSize   = "size"   // size of a volume, attach, etcd
 	sectionMap    = "map"    // memory of the map
 	sectionIdle   = "idle"   // nothing to do
+	sectionEtcd   = "etcd"   // as much as etcd can take
 	sectionDisk   = "disk"   // ways to write to a file durably
 	sectionBlocks = "blocks" // block size, depth, connections
 )
 
 var (
-	scaleSections  = []string{sectionLoad, sectionSize, sectionMap, sectionIdle}
+	scaleSections  = []string{sectionLoad, sectionSize, sectionMap, sectionIdle, sectionEtcd}
 	choiceSections = []string{sectionDisk, sectionBlocks}
 )
 
@@ -112,7 +113,7 @@ func runScale(ctx context.Context, name string, sections, args []string, stdout,
 	for _, section := range s.sections {
 		s.say("%s", section)
 		if err := map[string]func(context.Context) error{
-			sectionLoad: s.loads, sectionSize: s.sizes, sectionMap: s.mapMemory, sectionIdle: s.idleness,
+			sectionLoad: s.loads, sectionSize: s.sizes, sectionMap: s.mapMemory, sectionIdle: s.idleness, sectionEtcd: s.metadata,
 			sectionDisk: s.disk, sectionBlocks: s.blocks,
 		}[section](ctx); err != nil {
 			if ctx.Err() != nil {

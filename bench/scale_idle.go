@@ -42,8 +42,8 @@ func (s *scale) idleness(ctx context.Context) error {
 		}
 	}
 	s.say("watching for %v", s.idle)
-	// What the last one wrote is checkpointed, and the peers have connected to each other.
-	if err := pause(ctx, min(s.idle, 35*time.Second)); err != nil {
+	// Until what was written is checkpointed, and the peers have written their files through.
+	if err := pause(ctx, min(s.idle, 40*time.Second)); err != nil {
 		return err
 	}
 	for _, r := range all {
@@ -67,8 +67,8 @@ func (s *scale) idleness(ctx context.Context) error {
 	}
 	cpu := &table{
 		title: "Idle: CPU and memory",
-		note:  "CPU seconds a minute, MiB of anonymous memory: of torusblk, of the peer with etcd inside, of each other peer. TDP is what peers receive and answer, all together; a ping counts as one.",
-		head:  []string{"state", "peers", "torusblk CPU", "peer + etcd CPU", "other peer CPU", "torusblk MiB", "peer + etcd MiB", "other peer MiB", "TDP requests / min", "TDP KiB / min", "connections"},
+		note:  "CPU seconds a minute, MiB of anonymous memory: of torusblk, of the peer with etcd inside, of each other peer; and of torusblk's heap, collected. TDP is what peers receive and answer, all together; a ping counts as one.",
+		head:  []string{"state", "peers", "torusblk CPU", "peer + etcd CPU", "other peer CPU", "torusblk MiB", "peer + etcd MiB", "other peer MiB", "torusblk heap MiB", "TDP requests / min", "TDP KiB / min", "connections"},
 	}
 	mds := &table{
 		title: "Idle: etcd",
@@ -89,6 +89,11 @@ func (s *scale) idleness(ctx context.Context) error {
 			}
 			ram = append(ram, mib(m.RSSAnon))
 		}
+		live, err := heap(ctx, r.c.client.http)
+		if err != nil {
+			return err
+		}
+		ram = append(ram, mib(live))
 		conns := 0.0
 		for _, p := range r.c.peers {
 			conns += x.is.torus[p.name].sum("torus_server_tdp_connections")
@@ -109,7 +114,8 @@ func (s *scale) idleness(ctx context.Context) error {
 }
 
 func (r *resting) prepare(ctx context.Context, s *scale) (remove func(), err error) {
-	c, remove, err := s.cluster(ctx, clusterOptions{peers: r.peers, peerSize: 4 << 30})
+	// No larger than it must be: a peer writes its files through in the background, and that is to be over.
+	c, remove, err := s.cluster(ctx, clusterOptions{peers: r.peers, peerSize: 64<<20 + byteSize(r.written)*16<<20})
 	if err != nil {
 		return nil, err
 	}
