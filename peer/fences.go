@@ -73,33 +73,64 @@ func openFences(fsys vfs.FS, mayCreate bool) (*fences, map[torus.VolumeID]uint64
 		_, err = f.ReadAt(b, 0)
 	}
 	var state map[torus.VolumeID]uint64
+	var inOrder int
 	if err == nil {
-		state, err = parseFences(b)
+		state, inOrder, err = parseFences(b)
 	}
-	if err = errors.Join(err, f.Close()); err != nil {
+	if err != nil {
+		err = errors.Join(err, f.Close())
 		return nil, nil, &torus.Error{Op: "read", Obj: fencesFile, Err: err,
 			Hint: "do not delete it: writers that were shut out could write again; wipe this peer and let the cluster fill it anew"}
 	}
 	// What was read may be in the page cache and nowhere else, and even look clean there, after a sync that failed. So it is
 	// written to a fresh file at each start; that also does away with an unfinished end.
-	return j, state, j.rewrite(state)
+	err = j.rewrite(state)
+	if errors.Is(err, vfs.ErrNoSpace) && inOrder >= 0 {
+		// Somebody else has filled the file system. The same bytes in the same place do as well, and need no space.
+		if err = j.refresh(f, b[:(1+inOrder)*entrySize]); err == nil {
+			return j, state, nil
+		}
+	}
+	if err = errors.Join(err, f.Close()); errors.Is(err, vfs.ErrNoSpace) {
+		err = &torus.Error{Op: "open", Obj: fencesFile, Err: err,
+			Hint: "The file system of the data dir is full, and not with blocks: make some room on it (a few KiB will do), then start the peer again."}
+	}
+	return j, state, err
+}
+
+// refresh makes what was read from f durable where it is, and goes on behind it.
+func (j *fences) refresh(f vfs.File, b []byte) error {
+	if err := j.fs.Remove(fencesNew); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if _, err := f.WriteAt(b, 0); err != nil {
+		return fmt.Errorf("write %s again: %w", fencesFile, err)
+	}
+	if err := f.Datasync(); err != nil {
+		return fmt.Errorf("write %s again: %w", fencesFile, err)
+	}
+	j.f, j.broken = f, false
+	j.entries = uint32(len(b)/entrySize) - 1
+	j.synced = j.entries
+	return nil
 }
 
 // parseFences reads the whole file. Something unfinished at its end, which nobody was promised, is left out.
 //
 // What a power cut leaves of writes that were not synced may have holes, with whole entries behind them. Each entry says
-// how many were durable when it was written: a bad entry that a later one vouches for is not torn but damaged.
-func parseFences(b []byte) (map[torus.VolumeID]uint64, error) {
+// how many were durable when it was written: a bad entry that a later one vouches for is not torn but damaged. inOrder is how
+// many good entries there are, one behind the other from the first; -1 if there are others behind a hole.
+func parseFences(b []byte) (state map[torus.VolumeID]uint64, inOrder int, err error) {
 	le := binary.LittleEndian
 	if len(b) < entrySize || le.Uint64(b) != fencesMagic || le.Uint32(b[28:]) != record.Checksum(b[:28]) {
-		return nil, fmt.Errorf("no header of a fences file: %w", torus.ErrCorrupt)
+		return nil, 0, fmt.Errorf("no header of a fences file: %w", torus.ErrCorrupt)
 	}
 	if v := le.Uint32(b[8:]); v != fencesVersion {
-		return nil, fmt.Errorf("fences file of version %d, not %d: %w", v, fencesVersion, torus.ErrNotSupported)
+		return nil, 0, fmt.Errorf("fences file of version %d, not %d: %w", v, fencesVersion, torus.ErrNotSupported)
 	}
 	vouched := le.Uint32(b[12:]) // so many were durable when the file got its name
 	b = b[entrySize:]
-	state := map[torus.VolumeID]uint64{}
+	state = map[torus.VolumeID]uint64{}
 	bad, entries := -1, 0 // the first bad entry; how many good ones
 	for i := 0; len(b) >= entrySize; i++ {
 		var p promise
@@ -111,7 +142,7 @@ func parseFences(b []byte) (map[torus.VolumeID]uint64, error) {
 				bad = i
 			}
 		case bad >= 0 && synced > uint32(bad):
-			return nil, fmt.Errorf("entry %d: %w, and entry %d shows that it was durable", bad, torus.ErrCorrupt, i)
+			return nil, 0, fmt.Errorf("entry %d: %w, and entry %d shows that it was durable", bad, torus.ErrCorrupt, i)
 		default:
 			// Behind a hole, too: a promise too many is harmless.
 			state[p.volume] = max(state[p.volume], p.epoch)
@@ -119,9 +150,12 @@ func parseFences(b []byte) (map[torus.VolumeID]uint64, error) {
 		}
 	}
 	if bad >= 0 && uint32(bad) < vouched || bad < 0 && uint32(entries) < vouched {
-		return nil, fmt.Errorf("%d of the first %d entries can be read: %w", entries, vouched, torus.ErrCorrupt)
+		return nil, 0, fmt.Errorf("%d of the first %d entries can be read: %w", entries, vouched, torus.ErrCorrupt)
 	}
-	return state, nil
+	if bad >= 0 && entries > bad {
+		return state, -1, nil
+	}
+	return state, entries, nil
 }
 
 // encode writes the entry of that number to b; synced entries were durable before.

@@ -70,7 +70,7 @@ func TestGoldenFences(t *testing.T) {
 	if got != string(want) {
 		t.Errorf("the format has changed:\n%s\nwas\n%s", got, want)
 	}
-	state, err := parseFences(contents(t, fsys))
+	state, _, err := parseFences(contents(t, fsys))
 	must(t, err)
 	if !maps.Equal(state, map[torus.VolumeID]uint64{1: 4, 7: 1, torus.VolumeMax: 3, 0x123456789a: 0x0102030405060708}) {
 		t.Error(state)
@@ -176,11 +176,11 @@ func TestFencesDamage(t *testing.T) {
 	must(t, j.add([]promise{{1, 3}, {4, 1}}))
 	must(t, j.add([]promise{{2, 4}}))
 	good := contents(t, fsys)
-	before, err := parseFences(good[:len(good)-entrySize])
+	before, _, err := parseFences(good[:len(good)-entrySize])
 	must(t, err)
 	check := func(what string, b []byte, before map[torus.VolumeID]uint64) {
 		t.Helper()
-		state, err := parseFences(b)
+		state, _, err := parseFences(b)
 		if err != nil {
 			if !errors.Is(err, torus.ErrCorrupt) && !errors.Is(err, torus.ErrNotSupported) {
 				t.Errorf("%s: %v", what, err)
@@ -209,6 +209,49 @@ func TestFencesDamage(t *testing.T) {
 			want = before
 		}
 		check(fmt.Sprintf("cut off at %d", i), good[:i], want)
+	}
+}
+
+// Somebody else has filled the file system: a peer starts nevertheless, with all it has promised, and what it promises from then on is
+// durable as long as that finds room in the file's last block (L1).
+func TestFencesWhenDiskIsFull(t *testing.T) {
+	for seed := range uint64(100) {
+		rng := rand.New(rand.NewPCG(seed, 2))
+		disk := vfs.NewMem(seed)
+		j, _, err := openFences(disk, true)
+		must(t, err)
+		must(t, j.rewrite(map[torus.VolumeID]uint64{1: 2, 2: 7}))
+		must(t, j.add([]promise{{1, 3}, {4, 1}}))
+		must(t, j.add([]promise{{2, 9}}))
+		want := map[torus.VolumeID]uint64{1: 3, 2: 9, 4: 1}
+		left, size, err := disk.Free()
+		must(t, err)
+		disk.Kill()
+		disk.SetCapacity(size - left)
+		started := false // until then the power is cut at every step
+		fsys := vfs.NewErrors(disk, func(op vfs.Op) error {
+			if op.Changes() && !started {
+				_, state, err := openFences(disk.CrashClone(rng), false)
+				if err != nil || !maps.Equal(state, want) {
+					t.Fatalf("seed %d: after a power cut: %v, %v", seed, state, err)
+				}
+			}
+			return nil
+		})
+		j, state, err := openFences(fsys, false)
+		if err != nil || !maps.Equal(state, want) {
+			t.Fatalf("a peer on a full disk does not start: %v, %v", state, err)
+		}
+		started = true
+		if _, state, err = openFences(disk.CrashClone(rng), false); err != nil || !maps.Equal(state, want) {
+			t.Fatalf("seed %d: then %v, %v", seed, state, err)
+		}
+		disk.SetCapacity(vfs.DefaultMemCapacity)
+		must(t, j.add([]promise{{4, 5}}))
+		want[4] = 5
+		if _, state, err = openFences(disk.CrashClone(rng), false); err != nil || !maps.Equal(state, want) {
+			t.Fatalf("seed %d: and then %v, %v", seed, state, err)
+		}
 	}
 }
 
