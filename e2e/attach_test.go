@@ -1,9 +1,11 @@
 package e2e
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -316,4 +318,35 @@ func TestReconnectingClient(t *testing.T) {
 		t.Error("the client was done too soon to be a test")
 	}
 	tool(t, "qemu-io", "-f", "raw", "-c", fmt.Sprintf("read -P 90 0 %d", writes*pageSize), b.export(volume).URI())
+}
+
+// A front end is told to stop while an attach waits for peers that are all gone: it ends at once, and in order.
+func TestStopWhileAttachWaits(t *testing.T) {
+	c := &cluster{dir: tempDir(t)}
+	c.started(t)
+	volume := c.newVolume(t, "64MiB")
+	b := c.newBlk(t, "--force")
+	conn := dial(t, b.export(volume), startLimit)
+	if err := errors.Join(conn.WriteAt(make([]byte, pageSize), 0, 0), conn.Flush()); err != nil {
+		t.Fatal(err)
+	}
+	b.kill()
+	conn.Close()
+	for _, p := range c.peers {
+		p.kill()
+	}
+	b.serve(t)
+	mark := b.mark()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var client sync.WaitGroup
+	defer client.Wait()
+	client.Go(func() {
+		if conn, err := b.export(volume).Dial(ctx); err == nil {
+			t.Error("attached without a single peer")
+			conn.Close()
+		}
+	})
+	b.waitPrinted(t, mark, startLimit, "attach waits for peers")
+	b.interrupt(t, syscall.SIGTERM, 3*time.Second)
 }
