@@ -13,7 +13,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// Conn is a connection to one peer that reconnects by itself. transport/tdp has the real one.
+// Conn is a connection to one peer that reconnects by itself. transport/tdp has the real one, which is a Replacer, too.
 type Conn interface {
 	torus.BlockStore
 	Close()
@@ -46,6 +46,8 @@ type Distributor struct {
 	watch   []*watcher
 	m       metrics
 	reads   []*Read // free list
+	hedges  []*hedge
+	hedging hedging
 }
 
 type peer struct {
@@ -57,6 +59,7 @@ type peer struct {
 	unfit bool // it takes no new block at all, not even in the slots it keeps back
 	alive bool // its lease in the MDS lives: it is worth waiting for
 	said  complaint
+	owes  int // reads that it has not answered in time; see hedge.go
 }
 
 // New returns a Distributor that knows no peers yet: see SetPeers and SetRing.
@@ -65,11 +68,13 @@ func New(cfg Config) *Distributor {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Distributor{
+	d := &Distributor{
 		cfg: cfg, log: log, loop: cfg.Loop,
 		peers: map[torus.PeerID]*peer{}, rings: map[uint64]torus.Ring{},
 		m: newMetrics(cfg.Metrics),
 	}
+	d.initHedging()
+	return d
 }
 
 // SetPeers tells the distributor who exists and where, as the MDS says. Peers that are not in the list any

@@ -23,7 +23,8 @@ type Read struct {
 	Data []byte // where to put them
 	// Set is the block's registered set. When nobody in it has the bytes, the other candidates are asked, and in the end everybody.
 	Set torus.PeerList
-	// Verify says whether Data is what it should be; a replica whose answer is not is passed over.
+	// Verify says whether Data is what it should be; a replica whose answer is not is passed over. While it runs Data may be other
+	// memory than the caller's, of the same length.
 	Verify func(*Read) bool
 	Done   func(*Read)
 	Err    error
@@ -42,6 +43,15 @@ type Read struct {
 	rounds  int
 	down    bool // a replica was unreachable in this round
 	corrupt bool
+
+	// See hedge.go.
+	asking       bool   // req is under way
+	hedge        *hedge // a second replica is asked as well
+	owed         *peer  // owes an overdue answer to req
+	class        int
+	since        time.Duration // loop time when req was sent
+	awaited      bool          // in the list of those that another replica may be asked for
+	older, newer *Read
 }
 
 // NewRead returns a free Read. Release gives it back.
@@ -79,14 +89,25 @@ func (r *Read) round() {
 		}
 	}
 	r.tried, r.down, r.more, r.all = 0, false, nil, false
-	r.first = 0
-	for i, p := range r.Set {
-		if r.d.Healthy(p) {
-			r.first = i
-			break
+	r.first = r.d.preferred(r.Set)
+	r.next()
+}
+
+// preferred is which of a set to ask first: the first that is healthy and owes no overdue answer, if there is one, else the first that
+// is healthy.
+func (d *Distributor) preferred(set torus.PeerList) int {
+	healthy := -1
+	for i, p := range set {
+		if x := d.peers[p]; x != nil && x.up {
+			if x.owes == 0 {
+				return i
+			}
+			if healthy < 0 {
+				healthy = i
+			}
 		}
 	}
-	r.next()
+	return max(healthy, 0)
 }
 
 func (r *Read) next() {
@@ -99,6 +120,8 @@ func (r *Read) next() {
 		}
 		r.req.Op, r.req.Ref, r.req.Off, r.req.Len = torus.OpRead, r.Ref, r.Off, uint32(len(r.Data))
 		r.req.Data, r.req.Peer, r.req.Epoch = r.Data, p, 0
+		r.asking = true
+		r.d.await(r)
 		r.d.Submit(p, &r.req)
 		return
 	}
@@ -148,11 +171,42 @@ func (r *Read) finish(err error) {
 	r.Done(r)
 }
 
+// answer takes what a replica says that was asked first, or after others had failed.
 func (r *Read) answer(q *torus.Request) {
+	d := r.d
+	r.asking = false
+	d.unawait(r)
+	if r.owed != nil {
+		r.owed.owes--
+		r.owed = nil
+	}
+	if q.Err == nil {
+		d.hedging.took(r.class, d.loop.Now()-r.since)
+		if r.Verify == nil || r.Verify(r) {
+			if r.hedge != nil {
+				if r.hedge.got {
+					r.hedge.free()
+				} else {
+					r.hedge.r = nil // it frees itself when it is answered
+				}
+				r.hedge = nil
+			}
+			r.finish(nil)
+			return
+		}
+	}
+	r.note(q)
 	switch {
-	case q.Err == nil && (r.Verify == nil || r.Verify(r)):
-		r.finish(nil)
-		return
+	case r.hedge == nil:
+		r.next()
+	case r.hedge.got:
+		r.takeHedge()
+	}
+}
+
+// note remembers why a replica could not answer.
+func (r *Read) note(q *torus.Request) {
+	switch {
 	case q.Err == nil:
 		r.corrupt = true
 		r.d.m.corrupt.Inc()
@@ -168,5 +222,4 @@ func (r *Read) answer(q *torus.Request) {
 		r.d.complain(q.Peer, slog.LevelWarn, "replica cannot answer a read", "block", r.Ref.String(), "offset", r.Off, "err", q.Err)
 	}
 	r.d.m.peerFailures.Inc()
-	r.next()
 }

@@ -174,7 +174,7 @@ func (f *File) inodePages(t *loop.Task, ref torus.BlockRef, x *models.Extent) (i
 	t.Wait(func(wake func()) {
 		rd := f.dist.NewRead()
 		rd.Ref, rd.Off, rd.Data, rd.Set, rd.Wait, rd.Until = ref, x.Offset-record.HeaderSize, b, f.dist.Set(ref, x.Set), true, f.errFn
-		rd.Verify = func(*read) bool { return h.Decode(b) == nil }
+		rd.Verify = func(rd *read) bool { return h.Decode(rd.Data) == nil }
 		rd.Done = func(rd *read) {
 			err = rd.Err
 			rd.Release()
@@ -207,7 +207,7 @@ func (f *File) startExtent(x *models.Extent, done func([]byte, error)) {
 	rd.Ref = torus.BlockRef{Type: torus.TypeINode, Volume: f.vol, INode: torus.INodeID(x.Epoch), Index: torus.IndexID(x.Index)}
 	rd.Off, rd.Data, rd.Set, rd.Wait, rd.Until = x.Offset, make([]byte, x.Length), f.dist.Set(rd.Ref, x.Set), true, f.errFn
 	b := rd.Data
-	rd.Verify = func(*read) bool { return record.Checksum(b) == x.Crc32C }
+	rd.Verify = func(rd *read) bool { return record.Checksum(rd.Data) == x.Crc32C }
 	rd.Done = func(rd *read) {
 		err := rd.Err
 		rd.Release()

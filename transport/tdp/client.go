@@ -229,6 +229,16 @@ func (c *Client) Submit(r *torus.Request) {
 	}
 }
 
+// Replace puts with in the place of old, which is under way and of which nothing has arrived: what the peer answers to old is
+// answered to with instead, and old is the caller's again, along with its Data. with must be the same request but for Data and Done.
+// False, and nothing has changed, if the answer is arriving already or old is not under way. It costs a look at all that is.
+func (c *Client) Replace(old, with *torus.Request) bool {
+	if c.link == nil || c.link.req == old {
+		return false
+	}
+	return c.slots.replace(old, with)
+}
+
 // connect starts an attempt.
 func (c *Client) connect() {
 	if c.closed {

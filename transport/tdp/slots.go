@@ -64,6 +64,17 @@ func (s *slots) get(id uint32) *torus.Request {
 	return s.tab[i].req
 }
 
+// replace puts with in the slot of old; false if there is none.
+func (s *slots) replace(old, with *torus.Request) bool {
+	for i := s.first; i >= 0; i = s.tab[i].next {
+		if s.tab[i].req == old {
+			s.tab[i].req = with
+			return true
+		}
+	}
+	return false
+}
+
 // drop frees the slot of an id that get has found.
 func (s *slots) drop(id uint32) {
 	i := int32(id & (maxSlots - 1))
