@@ -75,6 +75,9 @@ type MetadataService interface {
 	Volume(ctx context.Context, name string) (*models.Volume, error)
 	// Volumes lists all volumes sorted by name.
 	Volumes(ctx context.Context) ([]*models.Volume, error)
+	// UpdateVolume changes a volume's record, its name included; the id stays. change may be called several times. ErrNotExist, ErrExists if
+	// the new name is taken, or what change returned. Names that begin with a dot are for volumes that are deleted and kept for their clones.
+	UpdateVolume(ctx context.Context, name string, change func(*models.Volume) error) error
 	// DeleteVolume removes a volume; ErrNotExist, or ErrLocked (naming the holder) while it is attached.
 	DeleteVolume(ctx context.Context, name string) error
 
@@ -89,6 +92,9 @@ type MetadataService interface {
 	// Commit replaces the state if nothing has changed since from was read: head, window and all. The epoch
 	// must stay. ErrCompareFailed otherwise: read again to learn by whom one was fenced.
 	Commit(ctx context.Context, id VolumeID, from VolumeState, to *models.VolumeState) (VolumeState, error)
+	// Amend replaces what is not the attached writer's, if nothing has changed since from was read: pins, asks, how long to retain. Epoch,
+	// head, window and the transaction's number must stay: ErrInvalid. ErrCompareFailed: read again, and decide again.
+	Amend(ctx context.Context, id VolumeID, from VolumeState, to *models.VolumeState) (VolumeState, error)
 	// Relock records the holder again after its lease was lost, if the epoch is still the one given
 	// and nobody else holds the volume: ErrFenced, ErrLocked.
 	Relock(ctx context.Context, id VolumeID, epoch uint64, lease LeaseID, h *models.Holder) error

@@ -42,6 +42,7 @@ type BlockType uint32
 const (
 	TypeBlock BlockType = iota // records of user data: the log
 	TypeINode                  // records of metadata: map nodes, block tables, INodes
+	TypeMoved                  // user data that a compaction has copied out of other blocks
 )
 
 func (t BlockType) String() string {
@@ -50,6 +51,8 @@ func (t BlockType) String() string {
 		return "data"
 	case TypeINode:
 		return "inode"
+	case TypeMoved:
+		return "moved"
 	}
 	return fmt.Sprintf("type%d", uint32(t))
 }

@@ -51,6 +51,7 @@ type Directory struct {
 	stopping  bool
 	unclean   error // the first volume that was not released in order since then
 	open      map[string]*opened
+	views     map[string]*viewed
 	ctx       context.Context
 	cancel    context.CancelFunc
 	wg        sync.WaitGroup
@@ -94,7 +95,7 @@ func NewDirectory(ctx context.Context, cfg Config) (*Directory, error) {
 	}
 	d := &Directory{
 		cfg: cfg, loop: cfg.Loop, log: cfg.Log, blockSize: uint32(gmd.BlockSize),
-		open: map[string]*opened{}, lease: lease, held: map[torus.VolumeID]*hold{},
+		open: map[string]*opened{}, views: map[string]*viewed{}, lease: lease, held: map[torus.VolumeID]*hold{},
 	}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	d.wg.Go(d.renew)
@@ -188,7 +189,7 @@ func (d *Directory) List(done func([]device.Info, error)) {
 	d.call(func(ctx context.Context) { vols, err = d.cfg.MDS.Volumes(ctx) }, func() {
 		var l []device.Info
 		for _, v := range vols {
-			if d.serves(v.Name) && v.Type == VolumeType {
+			if d.serves(v.Name) && v.Type == VolumeType && !Deleted(v) {
 				l = append(l, info(v))
 			}
 		}
@@ -208,6 +209,8 @@ func (d *Directory) find(name string, done func(*models.Volume, error)) {
 		switch {
 		case errors.Is(err, torus.ErrNotExist):
 			err = fmt.Errorf("volume %q: %w", name, device.ErrNotExist)
+		case err == nil && Deleted(v):
+			err = fmt.Errorf("volume %q: %w", name, device.ErrNotExist)
 		case err == nil && v.Type != VolumeType:
 			err = fmt.Errorf("volume %q is of type %s: %w", name, v.Type, torus.ErrWrongVolumeType)
 		}
@@ -219,6 +222,18 @@ func (d *Directory) find(name string, done func(*models.Volume, error)) {
 func (d *Directory) Stat(name string, done func(device.Info, error)) {
 	if o := d.open[name]; o != nil && o.vol != nil {
 		done(info(o.vol.info), nil)
+		return
+	}
+	if vol, snap := SplitName(name); snap != "" {
+		d.findSnapshot(vol, snap, func(v *models.Volume, p *models.Pin, err error) {
+			if err != nil {
+				done(device.Info{}, err)
+				return
+			}
+			x := info(v)
+			x.Name, x.Size, x.ReadOnly = name, p.At.SizeBytes, true
+			done(x, nil)
+		})
 		return
 	}
 	d.find(name, func(v *models.Volume, err error) {
@@ -234,6 +249,10 @@ func (d *Directory) Stat(name string, done func(device.Info, error)) {
 func (d *Directory) Open(name string, done func(device.Device, error)) {
 	if d.stopping {
 		done(nil, device.ErrShutdown)
+		return
+	}
+	if _, snap := SplitName(name); snap != "" {
+		d.openView(name, done)
 		return
 	}
 	o := d.open[name]
@@ -282,8 +301,7 @@ func (d *Directory) attach(name string, o *opened) {
 			finish(nil, err)
 			return
 		}
-		spec, err := blockset.Parse(v.BlockSpec)
-		if err != nil {
+		if _, err := blockset.Parse(v.BlockSpec); err != nil {
 			finish(nil, err)
 			return
 		}
@@ -292,7 +310,7 @@ func (d *Directory) attach(name string, o *opened) {
 		lease := d.lease
 		d.mu.Unlock()
 		o.cancel = file.Open(file.Config{
-			Loop: d.loop, Dist: d.cfg.Dist, MDS: d.cfg.MDS, Volume: v, BlockSize: d.blockSize, Replication: spec.Replication(),
+			Loop: d.loop, Dist: d.cfg.Dist, MDS: d.cfg.MDS, Volume: v, BlockSize: d.blockSize, Replication: replication(v),
 			Lease: lease, Holder: d.holder(0), Force: d.cfg.Force,
 			RetainBytes: d.cfg.RetainBytes, MapBytes: d.cfg.MapBytes, Log: d.log,
 			OnFail: func(err error) {
@@ -315,6 +333,15 @@ func (d *Directory) attach(name string, o *opened) {
 			finish(vol, nil)
 		})
 	})
+}
+
+// replication is how many copies a volume's blocks get: 0 if that is the ring's to say. Its spec was checked when it was created.
+func replication(v *models.Volume) int {
+	spec, err := blockset.Parse(v.BlockSpec)
+	if err != nil {
+		return 0
+	}
+	return spec.Replication()
 }
 
 // watch tells the file when somebody else attaches the volume, so that it knows even if it has nothing to write.
@@ -345,6 +372,9 @@ func (d *Directory) release(id torus.VolumeID) {
 
 // Close ends one use of a volume; the last one detaches it.
 func (d *Directory) Close(name string, dev device.Device) {
+	if d.closeView(name, dev) {
+		return
+	}
 	o := d.open[name]
 	if o == nil || o.vol == nil || o.vol != dev {
 		return

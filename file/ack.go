@@ -74,7 +74,7 @@ func (f *File) acknowledge() {
 		r.acked = true
 		f.acked = r.seq
 		f.over.put(r)
-		f.prefetch(r)
+		f.prefetch(&r.hdr)
 		// Finish may come back to us, and r may be gone when it returns.
 		seq, reqs := r.seq, r.reqs
 		r.reqs, f.spareReqs = f.spareReqs, nil

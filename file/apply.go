@@ -42,7 +42,7 @@ func (f *File) apply() {
 			return
 		}
 		f.applyRec(r)
-		f.applied = r.seq
+		f.applied, f.appliedStamp = r.seq, r.hdr.Time
 		f.over.drop(r)
 		f.sinceCkpt += uint64(r.size())
 		f.forget(r)
@@ -51,9 +51,9 @@ func (f *File) apply() {
 	f.maybeCheckpoint()
 }
 
-// prefetch begins to load the leaves that r will change, so that they are there when it is flushed.
-func (f *File) prefetch(r *rec) {
-	for _, x := range r.hdr.Extents {
+// prefetch begins to load the leaves that a record will change, so that they are there when it is applied.
+func (f *File) prefetch(h *record.Header) {
+	for _, x := range h.Extents {
 		last := x.Page + uint64(x.Count) - 1
 		if x.Count > listPages {
 			continue

@@ -65,7 +65,7 @@ func (f *File) keep(r *rec) {
 		f.recs = grown
 	}
 	f.last++
-	r.seq, r.hdr.Seq = f.last, f.last
+	r.seq, r.hdr.Seq, r.hdr.Time = f.last, f.last, f.stamp()
 	f.recs[f.last&uint64(len(f.recs)-1)] = r
 	f.retained += len(r.mem)
 	f.unflushed += len(r.mem)

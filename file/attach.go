@@ -37,6 +37,8 @@ const (
 	// copyBytes bounds a copy in one request, and copyBatch what a recovery holds in memory.
 	copyBytes = 1 << 20
 	copyBatch = 16 << 20
+	// replayAhead is for how many records ahead the leaves of the map are being loaded.
+	replayAhead = 64
 )
 
 // Open attaches a volume for writing; this is the only way to get a File. It fences every older writer, finds what they left
@@ -119,6 +121,7 @@ type recovery struct {
 	seqUpTo uint64
 	// committed is the highest record that is known to have been flushed.
 	committed uint64
+	rebased   bool // the map has been taken from another moment or volume: it has to be committed
 }
 
 // oldBlock is a block of the window as it was found.
@@ -148,6 +151,10 @@ type oldPeer struct {
 type foundRec struct {
 	hdr record.Header
 	blk *oldBlock
+}
+
+func sortRecs(l []foundRec) {
+	slices.SortStableFunc(l, func(x, y foundRec) int { return cmp.Compare(x.hdr.Seq, y.hdr.Seq) })
 }
 
 func (x *foundRec) end() uint32 { return x.hdr.Offset + uint32(x.hdr.Size()) }
@@ -228,15 +235,20 @@ func attach(t *loop.Task, cfg Config, o *opening) (_ *File, err error) {
 			f.maybeExtend()
 		}
 	})
+	f.answer()
 	return f, nil
 }
 
 func (a *recovery) run() error {
 	f, t := a.f, a.t
+	if f.state.Deleted {
+		return fmt.Errorf("it has been deleted, and is kept for its clones: %w", torus.ErrNotExist)
+	}
 	head := f.state.Head
 	f.table.init()
 	f.m.init(f.size, f.cfg.MapBytes, f.readNode, f.checkNode)
 	f.meta.typ = torus.TypeINode
+	f.moves = sideWriter{typ: torus.TypeMoved, late: true}
 	defer f.dist.Watch(a.happened)()
 	if err := a.window(); err != nil {
 		return err
@@ -244,15 +256,12 @@ func (a *recovery) run() error {
 	if err := a.fence(); err != nil { // step 2, 3
 		return err
 	}
-	if head != nil {
-		if err := f.loadInode(t, head); err != nil {
-			return err
-		}
-		f.number = head.Number
-		a.seqUpTo = head.Seq
-		for _, b := range a.blocks {
-			_, b.atHead = f.table.byRef[b.ref]
-		}
+	if err := a.load(head); err != nil {
+		return err
+	}
+	a.seqUpTo = head.GetSeq()
+	for _, b := range a.blocks {
+		_, b.atHead = f.table.byRef[b.ref]
 	}
 	if err := a.scan(); err != nil { // step 4
 		return err
@@ -281,12 +290,16 @@ func (a *recovery) run() error {
 	if err := a.replay(); err != nil {
 		return err
 	}
-	fresh := func(s *models.VolumeState) {
+	fresh := func(s *models.VolumeState) error {
 		span := f.newSpan(f.next, windowBlocks)
 		s.Open = &models.Window{Epoch: f.epoch, Spans: []*models.Span{span}}
 		f.win.spans = []*models.Span{span}
+		if to := f.cfg.To; to != nil && !Kept(s, to) {
+			return fmt.Errorf("the moment to go back to is not kept any more: %w", torus.ErrNotExist)
+		}
+		return nil
 	}
-	if len(a.found) > 0 {
+	if len(a.found) > 0 || a.rebased {
 		f.checkpointing = true
 		err := f.checkpoint(t, fresh)
 		f.checkpointing = false
@@ -333,6 +346,49 @@ func (a *recovery) discard() {
 			}})
 		}
 	}
+}
+
+// load reads what was committed: the head, or what the volume is to be taken back to, or what it was cloned from.
+func (a *recovery) load(head *models.Head) error {
+	f := a.f
+	switch origin := f.cfg.Volume.Origin; {
+	case f.cfg.To != nil:
+		if a.old != nil {
+			return fmt.Errorf("the volume was not released in order and has to be attached once: %w", torus.ErrInvalid)
+		}
+		if !Kept(f.state.VolumeState, f.cfg.To) {
+			return fmt.Errorf("nothing is kept of the moment to go back to: %w", torus.ErrNotExist)
+		}
+		a.rebased = true
+		return f.rebase(a.t, f.vol, head, f.cfg.To)
+	case head == nil && origin != nil:
+		a.rebased = true
+		return a.clone(origin)
+	case head != nil:
+		return f.loadInode(a.t, f.vol, head)
+	}
+	return nil
+}
+
+// clone begins a volume with the contents of another's moment.
+func (a *recovery) clone(o *models.Origin) error {
+	f := a.f
+	var st torus.VolumeState
+	var err error
+	a.t.Call(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), mdsTimeout)
+		defer cancel()
+		st, err = f.cfg.MDS.VolumeState(ctx, torus.VolumeID(o.Volume))
+	})
+	switch {
+	case err != nil:
+		return again(fmt.Errorf("volume %d, which this one was cloned from: %w", o.Volume, err))
+	case !slices.ContainsFunc(st.Pins, func(p *models.Pin) bool { return p.Clone == uint64(f.vol) }):
+		return fmt.Errorf("volume %d keeps nothing for this clone, whose creation was not finished: delete it: %w", o.Volume, torus.ErrNotExist)
+	case !Settled(st.VolumeState, o.At):
+		return again(errNotSettled)
+	}
+	return f.rebase(a.t, torus.VolumeID(o.Volume), st.Head, o.At)
 }
 
 // allConnected reports whether every member of the ring that is said to be alive can be talked to.
@@ -565,6 +621,9 @@ func (a *recovery) scan() error {
 	for _, p := range a.order {
 		a.committed = max(a.committed, a.peers[p].committed)
 	}
+	for _, p := range f.state.Pins { // what is pinned was flushed
+		a.committed = max(a.committed, p.At.GetSeq())
+	}
 	var busy []*oldBlock
 	for _, b := range a.blocks {
 		if b.length > 0 {
@@ -575,7 +634,7 @@ func (a *recovery) scan() error {
 	for i := 0; i < len(busy); i += 16 {
 		part := busy[i:min(i+16, len(busy))]
 		a.t.All(len(part), func(k int, done func()) {
-			a.scanBlock(part[k], 0, a.holders(part[k], part[k].length), func(err error) {
+			f.scanBlock(part[k], 0, a.holders(part[k], part[k].length), func(err error) {
 				if err != nil {
 					failed = err
 				}
@@ -598,7 +657,7 @@ func (a *recovery) scan() error {
 			}
 		}
 	}
-	slices.SortStableFunc(all, func(x, y foundRec) int { return cmp.Compare(x.hdr.Seq, y.hdr.Seq) })
+	sortRecs(all)
 	for _, r := range all {
 		if r.hdr.Seq > a.seqUpTo+1 {
 			break
@@ -620,7 +679,7 @@ func (a *recovery) scan() error {
 	return nil
 }
 
-func (a *recovery) scanBlock(b *oldBlock, off uint32, from torus.PeerList, done func(error)) {
+func (f *File) scanBlock(b *oldBlock, off uint32, from torus.PeerList, done func(error)) {
 	if off >= b.length {
 		done(nil)
 		return
@@ -629,8 +688,12 @@ func (a *recovery) scanBlock(b *oldBlock, off uint32, from torus.PeerList, done 
 		done(fmt.Errorf("headers of %v: %w", b.ref, torus.ErrBlockUnavailable))
 		return
 	}
-	a.f.dist.Submit(from[0], &torus.Request{
-		Op: torus.OpScan, Ref: b.ref, Epoch: a.f.epoch, Off: off, Len: scanBytes, Peer: from[0],
+	epoch := f.epoch
+	if b.ref.Volume != f.vol {
+		epoch = 0 // fences are a volume's own
+	}
+	f.dist.Submit(from[0], &torus.Request{
+		Op: torus.OpScan, Ref: b.ref, Epoch: epoch, Off: off, Len: scanBytes, Peer: from[0],
 		Done: func(r *torus.Request) {
 			at := off
 			rest := r.Data
@@ -652,11 +715,11 @@ func (a *recovery) scanBlock(b *oldBlock, off uint32, from torus.PeerList, done 
 				return
 			}
 			if err != nil || at == off {
-				a.f.log.Warn("scan", "block", b.ref.String(), "peer", from[0], "err", err)
-				a.scanBlock(b, at, from[1:], done)
+				f.log.Warn("scan", "block", b.ref.String(), "peer", from[0], "err", err)
+				f.scanBlock(b, at, from[1:], done)
 				return
 			}
-			a.scanBlock(b, at, from, done)
+			f.scanBlock(b, at, from, done)
 		},
 	})
 }
@@ -779,7 +842,11 @@ func (a *recovery) replay() error {
 		}
 		return nil
 	}
+	ahead := 0
 	for i := 0; i < len(a.found); {
+		for ; ahead < min(i+replayAhead, len(a.found)); ahead++ {
+			f.prefetch(&a.found[ahead].hdr)
+		}
 		j := i
 		pick := i
 		for ; j < len(a.found) && a.found[j].hdr.Seq == a.found[i].hdr.Seq; j++ {
@@ -819,12 +886,14 @@ func (a *recovery) replay() error {
 				}
 			}
 		}
-		if err := a.loadLeaves(&r.hdr); err != nil {
+		if err := f.loadLeaves(a.t, &r.hdr); err != nil {
 			return err
 		}
 		f.applyExtents(slot, first, &r.hdr)
 		i = j
+		f.appliedStamp = r.hdr.Time
 	}
+	f.lastStamp = max(f.lastStamp, f.appliedStamp)
 	if len(batch) > 0 {
 		if err := flush(); err != nil {
 			return err
@@ -896,7 +965,7 @@ func (a *recovery) rescue(w *sideWriter, r *foundRec) (*sideRec, error) {
 	}
 	c.pages = r.hdr.Pages()
 	copy(c.mem()[record.HeaderSize:], raw.Bytes()[record.HeaderSize:r.hdr.Size()])
-	c.hdr.Seq, c.hdr.Extents, c.hdr.CRCs = r.hdr.Seq, r.hdr.Extents, r.hdr.CRCs
+	c.hdr.Seq, c.hdr.Time, c.hdr.Extents, c.hdr.CRCs = r.hdr.Seq, r.hdr.Time, r.hdr.Extents, r.hdr.CRCs
 	w.close(f, c)
 	return c, nil
 }
@@ -917,8 +986,8 @@ func (a *recovery) promise(p torus.PeerID) error {
 	return err
 }
 
-func (a *recovery) loadLeaves(h *record.Header) error {
-	f := a.f
+// loadLeaves loads what a record is about to change of the map.
+func (f *File) loadLeaves(t *loop.Task, h *record.Header) error {
 	r := rec{hdr: *h}
 	for {
 		page, missing := f.missing(&r)
@@ -926,7 +995,7 @@ func (a *recovery) loadLeaves(h *record.Header) error {
 			return nil
 		}
 		var err error
-		a.t.Wait(func(wake func()) {
+		t.Wait(func(wake func()) {
 			f.m.load(page, func(e error) {
 				err = e
 				wake()
@@ -942,7 +1011,7 @@ func (a *recovery) loadLeaves(h *record.Header) error {
 func (f *File) checkExtents(h *record.Header) error {
 	pages := (f.size + pageSize - 1) / pageSize
 	for _, x := range h.Extents {
-		known := x.Kind == record.Data || x.Kind == record.Zero || x.Kind == record.Trim
+		known := x.Kind == record.Data || x.Kind == record.Zero || x.Kind == record.Trim || x.Kind == record.Moved && h.Ref.Type == torus.TypeMoved
 		if !known || x.Count == 0 || x.Page >= pages || uint64(x.Count) > pages-x.Page {
 			return fmt.Errorf("record %d in %v: extent of kind %d, %d pages from %d, in a volume of %d: %w", h.Seq, h.Ref, x.Kind, x.Count, x.Page, pages, torus.ErrCorrupt)
 		}

@@ -38,8 +38,8 @@ func (f *File) maybeCheckpoint() {
 	if f.full {
 		every = min(every, fullCheckpoint) // what has been trimmed is given back by a checkpoint only
 	}
-	if f.sinceCkpt < f.cfg.CheckpointBytes && f.m.dirtyLeaves < f.m.maxLeaves/2 &&
-		(f.sinceCkpt == 0 || now-f.lastCkpt < every) {
+	if f.sinceCkpt < f.cfg.CheckpointBytes && f.m.dirtyLeaves < f.m.maxLeaves/2 && !f.unlisted() &&
+		(f.sinceCkpt == 0 || now-f.lastCkpt < every) || f.pinning {
 		return
 	}
 	if now-f.lastCkpt < time.Second/4 { // one that failed is not repeated at once
@@ -47,7 +47,7 @@ func (f *File) maybeCheckpoint() {
 	}
 	f.checkpointing = true
 	loop.Go(f.loop, func(t *loop.Task) {
-		err := f.checkpoint(t, func(*models.VolumeState) {})
+		err := f.checkpoint(t, func(*models.VolumeState) error { return nil })
 		f.checkpointing = false
 		if err != nil && f.err == nil {
 			f.log.Warn("checkpoint failed, trying again later", "err", err)
@@ -67,11 +67,17 @@ type frozen struct {
 	refs   []tableEntry
 	head   *models.Head
 	lo     uint64
+	pins   pins
+	// foreign: something of another volume, which this one was cloned from, is listed.
+	foreign bool
+
+	history []*models.Head
+	marks   []*models.Mark
 }
 
 // checkpoint writes the map's changed nodes and the table's changed pages, durably on R peers, then an INode, and
 // commits it. It covers what is applied, hence flushed. change may alter the state further in the same transaction.
-func (f *File) checkpoint(t *loop.Task, change func(*models.VolumeState)) error {
+func (f *File) checkpoint(t *loop.Task, change func(*models.VolumeState) error) error {
 	f.lastCkpt = f.loop.Now()
 	since := f.sinceCkpt
 	f.sinceCkpt = 0
@@ -89,12 +95,15 @@ func (f *File) checkpoint(t *loop.Task, change func(*models.VolumeState)) error 
 		return err
 	}
 	f.takeMeta(t)
-	err = f.commit(t, func(s *models.VolumeState) {
-		s.Head = z.head
+	err = f.commit(t, func(s *models.VolumeState) error {
+		if !z.pins.cover(s) {
+			return fmt.Errorf("more is to be kept than when the checkpoint began: %w", torus.ErrCompareFailed)
+		}
+		s.Head, s.KeptFrom, s.Own = z.head, z.pins.from, f.cfg.Volume.Origin != nil && !z.foreign
 		if s.Open != nil {
 			s.Open.Spans = trimSpans(s.Open.Spans, z.lo)
 		}
-		change(s)
+		return change(s)
 	})
 	f.releaseMeta()
 	if err != nil {
@@ -112,6 +121,7 @@ func (f *File) checkpoint(t *loop.Task, change func(*models.VolumeState)) error 
 	}
 	f.win.spans = trimSpans(f.win.spans, z.lo)
 	f.stats.Checkpoints++
+	f.history, f.marks = z.history, z.marks
 	f.deleteBlocks(z)
 	f.sealBlocks(z.lo)
 	return nil
@@ -124,10 +134,10 @@ func (f *File) sealBlocks(lo uint64) {
 	for i := range f.table.e {
 		e := &f.table.e[i]
 		switch {
-		case !e.used || e.sealed || e.length == 0:
+		case !e.used || e.sealed || e.length == 0 || e.held || e.ref.Volume != f.vol:
 			continue
-		case e.ref.Type == torus.TypeINode:
-			if f.meta.blk != nil && f.meta.blk.slot == uint32(i) {
+		case e.ref.Type != torus.TypeBlock:
+			if f.meta.at(uint32(i)) || f.moves.at(uint32(i)) {
 				continue
 			}
 		case uint64(e.ref.INode) == f.epoch && uint64(e.ref.Index) >= lo:
@@ -172,15 +182,31 @@ func (f *File) lowest() uint64 {
 func (f *File) freeze() (*frozen, error) {
 	z := &frozen{lo: f.lowest()}
 	f.number++
-	// Blocks that nothing points to: unlist them now, delete them when that is committed.
+	f.table.next = f.number
+	defer func() { f.table.next = f.number + 1 }()
+	f.remember(z)
+	z.pins = newPins(f.state.VolumeState, f.keepFrom(z.marks))
+	// Blocks that nothing points to: unlist them now, unless a pin needs them, and delete them when that is committed.
 	for i := range f.table.e {
 		e := &f.table.e[i]
 		slot := uint32(i)
-		if !e.used || e.live > 0 || f.meta.blk != nil && f.meta.blk.slot == slot ||
+		z.foreign = z.foreign || e.used && e.live > 0 && e.ref.Volume != f.vol
+		if !e.used || e.live > 0 || e.held || f.meta.at(slot) || f.moves.at(slot) ||
 			e.ref.Type == torus.TypeBlock && uint64(e.ref.INode) == f.epoch && uint64(e.ref.Index) >= z.lo {
 			continue
 		}
 		saved := *e
+		if e.death == 0 {
+			e.death = f.number
+		}
+		if z.pins.need(e) {
+			z.foreign = z.foreign || e.ref.Volume != f.vol
+			if saved.death == 0 {
+				f.table.touch(slot)
+				z.undo = append(z.undo, func() { f.table.e[slot].death = 0 })
+			}
+			continue
+		}
 		z.dying, z.refs = append(z.dying, slot), append(z.refs, saved)
 		f.table.remove(slot)
 		z.undo = append(z.undo, func() {
@@ -191,7 +217,7 @@ func (f *File) freeze() (*frozen, error) {
 		})
 	}
 	// The INode first, into a record of its own, since its bytes must lie together.
-	pages := f.inodeNeeds()
+	pages := f.inodeNeeds(z)
 	if pages > f.inodeMost() {
 		return z, fmt.Errorf("an INode of %d pages does not fit a block: %w", pages, torus.ErrOutOfSpace)
 	}
@@ -211,7 +237,7 @@ func (f *File) freeze() (*frozen, error) {
 	z.undo = append(z.undo, func() { f.meta.inodeSlot, f.meta.inodePages = oldSlot, oldPages })
 
 	for ti := range f.m.top {
-		if err := f.freezeInner(z, &f.m.top[ti]); err != nil {
+		if err := f.freezeInner(z, f.m.top[ti]); err != nil {
 			return z, err
 		}
 	}
@@ -223,8 +249,13 @@ func (f *File) freeze() (*frozen, error) {
 }
 
 // inodeNeeds bounds from above how many pages the next INode takes.
-func (f *File) inodeNeeds() int {
+func (f *File) inodeNeeds(z *frozen) int {
 	size := 128 + 9*len(f.m.top) + (64+24*f.repl)*(len(f.table.pages)+2)
+	if z != nil {
+		size += proto.Size(&models.INode{History: z.history, Marks: z.marks})
+	} else {
+		size += 16 << 10
+	}
 	for _, s := range f.table.sets {
 		size += (proto.Size(s) + 8) * 2
 	}
@@ -239,7 +270,7 @@ func (f *File) inodeMost() int {
 // tableFull reports whether the volume cannot list more blocks: their places have 24 bits in an entry of the map, and the pages
 // of the table are listed in the INode. Some are kept for what a checkpoint itself writes.
 func (f *File) tableFull(reserve int) bool {
-	return f.table.full() || f.inodeNeeds()+reserve > f.inodeMost()
+	return f.table.full() || f.inodeNeeds(nil)+reserve > f.inodeMost()
 }
 
 // count changes a block's live pages, until the checkpoint fails.
@@ -355,7 +386,7 @@ func (f *File) freezeTable(z *frozen) error {
 			at[p] = placed{z.cur, z.cur.pages - 1}
 			old := t.pages[p]
 			if old != nil {
-				if slot, ok := t.byRef[torus.BlockRef{Type: torus.TypeINode, Volume: f.vol, INode: torus.INodeID(old.Epoch), Index: torus.IndexID(old.Index)}]; ok {
+				if slot, ok := t.byRef[extentRef(f.vol, old)]; ok {
 					f.count(z, slot, -1)
 				}
 			}
@@ -398,7 +429,7 @@ func (f *File) freezeTable(z *frozen) error {
 func (f *File) finishInode(z *frozen, r *sideRec, pages int) {
 	n := &models.INode{
 		Format: 1, Volume: uint64(f.vol), Epoch: f.epoch, Number: f.number, Seq: f.applied, SizeBytes: f.size,
-		Table: f.table.pages, Sets: f.table.sets,
+		Table: f.table.pages, Sets: f.table.sets, History: z.history, Marks: z.marks,
 	}
 	for i := range f.m.top {
 		n.Top = append(n.Top, uint64(f.m.top[i].ptr))
@@ -420,7 +451,7 @@ func (f *File) finishInode(z *frozen, r *sideRec, pages int) {
 	e := &f.table.e[r.blk.slot]
 	z.head = &models.Head{
 		Epoch: f.epoch, Number: f.number, Seq: f.applied, SizeBytes: f.size, LiveBytes: live, StoredBytes: stored,
-		CommittedUnixMs: f.cfg.WallClock().UnixMilli(),
+		CommittedUnixMs: f.cfg.WallClock().UnixMilli(), LogLo: z.lo, TimeUs: f.appliedStamp,
 		Inode: &models.Extent{
 			Epoch: f.epoch, Index: uint64(r.blk.ref.Index), Offset: r.off + record.HeaderSize,
 			Length: uint32(len(b)), Crc32C: record.Checksum(b), Set: f.table.sets[e.set],
@@ -431,6 +462,14 @@ func (f *File) finishInode(z *frozen, r *sideRec, pages int) {
 // thaw takes a failed checkpoint back: what it froze is changed again, and the blocks it was written to end where they ended before, as
 // what lies behind may be on no peer, or not on all.
 func (f *File) thaw(z *frozen) {
+	// Its number was given to nobody: the next one takes it, and what has been listed since was born with that.
+	f.number--
+	f.table.next = f.number + 1
+	for i := range f.table.e {
+		if e := &f.table.e[i]; e.used && e.birth > f.table.next {
+			e.birth = f.table.next
+		}
+	}
 	for i := len(z.undo) - 1; i >= 0; i-- {
 		z.undo[i]()
 	}
@@ -446,6 +485,9 @@ func (f *File) thaw(z *frozen) {
 func (f *File) deleteBlocks(z *frozen) {
 	for i, e := range z.refs {
 		f.table.reuse(z.dying[i])
+		if e.ref.Volume != f.vol {
+			continue // another volume's, which this one was cloned from
+		}
 		for _, p := range f.dist.Candidates(e.ref, e.peers) {
 			f.dist.Submit(p, &torus.Request{Op: torus.OpDelete, Ref: e.ref, Epoch: f.epoch, Peer: p, Done: func(r *torus.Request) {
 				if r.Err != nil {

@@ -26,7 +26,7 @@ func (f *File) close(t *loop.Task) error {
 	if f.building != nil {
 		f.seal()
 	}
-	for f.err == nil && (f.applied < f.last || f.checkpointing || f.building != nil || len(f.waiting) > 0 || len(f.blocked) > 0 || len(f.locked) > 0) {
+	for f.err == nil && (f.applied < f.last || f.checkpointing || f.compacting || f.pinning || f.building != nil || len(f.waiting) > 0 || len(f.blocked) > 0 || len(f.locked) > 0) {
 		if f.loop.Now() >= f.closeBy {
 			break
 		}
@@ -37,21 +37,21 @@ func (f *File) close(t *loop.Task) error {
 		t.Sleep(2 * time.Millisecond)
 	}
 	err := f.err
-	if err == nil && (f.applied < f.last || f.checkpointing || f.building != nil || len(f.locked) > 0) {
+	if err == nil && (f.applied < f.last || f.checkpointing || f.compacting || f.pinning || f.building != nil || len(f.locked) > 0) {
 		err = fmt.Errorf("records %d to %d could not be flushed: %w", f.flushed+1, f.last, torus.ErrBlockUnavailable)
 	}
 	if err == nil {
 		f.checkpointing = true
 		if f.sinceCkpt > 0 || f.state.Head == nil && f.last > 0 {
-			err = f.checkpoint(t, func(s *models.VolumeState) { s.Open = nil })
+			err = f.checkpoint(t, func(s *models.VolumeState) error { s.Open = nil; return nil })
 		} else {
 			f.takeMeta(t)
-			err = f.commit(t, func(s *models.VolumeState) { s.Open = nil })
+			err = f.commit(t, func(s *models.VolumeState) error { s.Open = nil; return nil })
 			f.releaseMeta()
 		}
 	}
 	if err == nil {
-		f.meta.blk = nil
+		f.meta.blk, f.moves.blk = nil, nil
 		f.sealBlocks(f.next)
 	}
 	f.stop()

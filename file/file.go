@@ -51,9 +51,15 @@ type Config struct {
 	// Force takes over from a holder whose lease still lives.
 	Force bool
 
-	RetainBytes     int           // bound of what is kept in memory until it is flushed; default 32 MiB
-	MapBytes        int           // bound of the map's leaves in memory; default 32 MiB
-	CheckpointBytes uint64        // of log between checkpoints; default 256 MiB
+	// To, if set, is the moment to take the volume back to: one that is pinned, or within what is kept for that. The volume must have been
+	// released in order. Everything since is undone, and can be gone forward to again for as long as it is kept itself.
+	To *models.Moment
+
+	RetainBytes     int    // bound of what is kept in memory until it is flushed; default 32 MiB
+	MapBytes        int    // bound of the map's leaves in memory; default 32 MiB
+	CheckpointBytes uint64 // of log between checkpoints; default 256 MiB
+	// Utilisation is the part of what data blocks hold that compaction keeps alive: 0.75 unless set; negative: no compaction.
+	Utilisation     float64
 	CheckpointEvery time.Duration // at the latest, if anything was written; default 30 s
 	WindowAhead     time.Duration // how long the registered window should last at the present rate; default 60 s
 
@@ -77,6 +83,9 @@ func (c *Config) setDefaults() {
 	if c.CheckpointEvery == 0 {
 		c.CheckpointEvery = 30 * time.Second
 	}
+	if c.Utilisation == 0 {
+		c.Utilisation = 0.75
+	}
 	if c.WindowAhead == 0 {
 		c.WindowAhead = time.Minute
 	}
@@ -94,6 +103,7 @@ type Stats struct {
 	Epoch                              uint64
 	Acked, Flushed, Applied            uint64 // sequence numbers
 	LogBytes                           uint64 // appended since attach, one replica, headers included
+	MovedBytes                         uint64 // … by compaction
 	Rolls, Checkpoints, Syncs, Records uint64
 	RetainedBytes                      int
 	LiveBytes, StoredBytes             uint64
@@ -157,10 +167,18 @@ type File struct {
 	table table
 
 	meta          metaWriter
+	moves         sideWriter // of compaction
 	checkpointing bool
+	compacting    bool
+	flattening    bool   // what is of the origin is being copied
+	pinning       bool   // a moment is being pinned; see answer
 	sinceCkpt     uint64 // log bytes applied since the last checkpoint began
 	lastCkpt      time.Duration
-	number        uint64 // of the newest INode
+	number        uint64         // of the newest INode
+	history       []*models.Head // earlier INodes: see models.INode
+	marks         []*models.Mark
+	lastStamp     uint64 // of the newest record
+	appliedStamp  uint64 // of the last applied one
 	closing       bool
 	closeBy       time.Duration // loop time at which a close gives up
 	probed        uint64        // what had been sent at the last tick
@@ -193,6 +211,12 @@ func (f *File) Stats() Stats {
 	s.RetainedBytes, s.Leaves, s.DirtyLeaves = f.retained, f.m.leaves, f.m.dirtyLeaves
 	s.LiveBytes, s.StoredBytes = f.table.usage()
 	return s
+}
+
+// stamp is the time by the clock on the wall, in microseconds, but never earlier than the last time.
+func (f *File) stamp() uint64 {
+	f.lastStamp = max(f.lastStamp, uint64(max(0, f.cfg.WallClock().UnixMicro())))
+	return f.lastStamp
 }
 
 // Submit starts a request; see device.Device.
@@ -284,6 +308,7 @@ func (f *File) housekeeping() {
 	f.checkRoom()
 	f.leaveLost()
 	f.maybeCheckpoint()
+	f.maybeCompact()
 	f.maybeExtend()
 	f.pump()
 }

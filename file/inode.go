@@ -13,48 +13,19 @@ import (
 // Reading an INode back: everything that names a place is checked before anybody goes there, since a checksum
 // only says that these are the bytes that were written.
 
-// loadInode reads the INode that the head names, and the block table.
-func (f *File) loadInode(t *loop.Task, h *models.Head) error {
-	if err := checkExtent(h.Inode, f.cfg.BlockSize); err != nil || h.Inode.Offset < record.HeaderSize {
-		return fmt.Errorf("head %d names no INode (%v): %w", h.Number, err, torus.ErrCorrupt)
-	}
-	b, err := f.readExtent(t, h.Inode)
+// loadInode reads an INode of volume vol, and the block table: that of the newest one lists all there is.
+func (f *File) loadInode(t *loop.Task, vol torus.VolumeID, h *models.Head) error {
+	n, err := f.readInode(t, vol, h)
 	if err != nil {
-		return fmt.Errorf("INode %d: %w", h.Number, err)
-	}
-	n, err := parseINode(b, f.cfg.BlockSize)
-	if err != nil || n.Volume != uint64(f.vol) || n.Number != h.Number {
-		return fmt.Errorf("INode %d of volume %d is not what its head says (%v): %w", h.Number, f.vol, err, torus.ErrCorrupt)
+		return err
 	}
 	for _, x := range n.Table {
 		if err := f.dist.NeedRing(t, x.Set.RingVersion); err != nil {
 			return again(err)
 		}
 	}
-	f.table.sets = n.Sets
-	f.table.pages = n.Table
-	f.table.dirty = make([]bool, len(n.Table))
-	pages := make([][]byte, len(n.Table))
-	var failed error
-	const atOnce = 64
-	for i := 0; i < len(pages); i += atOnce {
-		t.All(min(atOnce, len(pages)-i), func(k int, done func()) {
-			f.startExtent(n.Table[i+k], func(b []byte, err error) {
-				pages[i+k] = b
-				if err != nil {
-					failed = fmt.Errorf("block table page %d: %w", i+k, err)
-				}
-				done()
-			})
-		})
-		if failed != nil {
-			return failed
-		}
-	}
-	for i, b := range pages {
-		if err := f.table.decodePage(i, b); err != nil {
-			return err
-		}
+	if err := f.table.read(t, f, vol, n); err != nil {
+		return err
 	}
 	for i := range f.table.e {
 		if !f.table.e[i].used {
@@ -69,16 +40,13 @@ func (f *File) loadInode(t *loop.Task, h *models.Head) error {
 	if err := f.resolve(); err != nil {
 		return err
 	}
-	for i, x := range n.Top {
-		e := entry(x)
-		if err := f.table.check(e, torus.TypeINode); err != nil {
-			return fmt.Errorf("INode %d, map entry %d: %w", h.Number, i, err)
-		}
-		if i < len(f.m.top) {
-			f.m.top[i].ptr = e
-		}
+	if err := f.adoptTop(n); err != nil {
+		return err
 	}
-	ref := torus.BlockRef{Type: torus.TypeINode, Volume: f.vol, INode: torus.INodeID(h.Inode.Epoch), Index: torus.IndexID(h.Inode.Index)}
+	f.number, f.table.next = h.Number, h.Number+1
+	f.history, f.marks = n.History, n.Marks
+	f.appliedStamp, f.lastStamp = h.TimeUs, h.TimeUs
+	ref := extentRef(vol, h.Inode)
 	slot, ok := f.table.byRef[ref]
 	if !ok {
 		return fmt.Errorf("INode %d does not list its own block: %w", h.Number, torus.ErrCorrupt)
@@ -87,6 +55,73 @@ func (f *File) loadInode(t *loop.Task, h *models.Head) error {
 	f.meta.inodeSlot = slot
 	f.meta.inodePages, err = f.inodePages(t, ref, h.Inode)
 	return err
+}
+
+// readInode reads an INode by itself.
+func (f *File) readInode(t *loop.Task, vol torus.VolumeID, h *models.Head) (*models.INode, error) {
+	if err := checkExtent(h.Inode, f.cfg.BlockSize); err != nil || h.Inode.Offset < record.HeaderSize {
+		return nil, fmt.Errorf("head %d names no INode (%v): %w", h.Number, err, torus.ErrCorrupt)
+	}
+	b, err := f.readExtent(t, vol, h.Inode)
+	if err != nil {
+		return nil, fmt.Errorf("INode %d: %w", h.Number, err)
+	}
+	n, err := parseINode(b, f.cfg.BlockSize)
+	if err != nil || n.Volume != uint64(vol) || n.Number != h.Number {
+		return nil, fmt.Errorf("INode %d of volume %d is not what its head says (%v): %w", h.Number, vol, err, torus.ErrCorrupt)
+	}
+	return n, nil
+}
+
+// read reads the pages of the table that an INode names.
+func (tab *table) read(t *loop.Task, f *File, vol torus.VolumeID, n *models.INode) error {
+	for _, x := range n.Table {
+		if err := f.dist.NeedRing(t, x.Set.RingVersion); err != nil {
+			return again(err)
+		}
+	}
+	tab.sets, tab.pages, tab.dirty = n.Sets, n.Table, make([]bool, len(n.Table))
+	pages := make([][]byte, len(n.Table))
+	var failed error
+	const atOnce = 64
+	for i := 0; i < len(pages); i += atOnce {
+		t.All(min(atOnce, len(pages)-i), func(k int, done func()) {
+			f.startExtent(vol, n.Table[i+k], func(b []byte, err error) {
+				pages[i+k] = b
+				if err != nil {
+					failed = fmt.Errorf("block table page %d: %w", i+k, err)
+				}
+				done()
+			})
+		})
+		if failed != nil {
+			return failed
+		}
+	}
+	for i, b := range pages {
+		if err := tab.decodePage(i, b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// adoptTop makes the map that of an INode whose blocks the table lists.
+func (f *File) adoptTop(n *models.INode) error {
+	for i, x := range n.Top {
+		e := entry(x)
+		if err := f.table.check(e, torus.TypeINode); err != nil {
+			return fmt.Errorf("INode %d, map entry %d: %w", n.Number, i, err)
+		}
+		if i < len(f.m.top) {
+			f.m.top[i].ptr = e
+		}
+	}
+	return nil
+}
+
+func extentRef(vol torus.VolumeID, x *models.Extent) torus.BlockRef {
+	return torus.BlockRef{Type: torus.TypeINode, Volume: vol, INode: torus.INodeID(x.Epoch), Index: torus.IndexID(x.Index)}
 }
 
 // parseINode decodes an INode and checks that what it names can be.
@@ -145,7 +180,7 @@ func (t *table) check(e entry, typ torus.BlockType) error {
 	case entryHole, entryZero, entryLost:
 		return nil
 	case entryData:
-		if s := e.slot(); int(s) < len(t.e) && t.e[s].used && t.e[s].ref.Type == typ {
+		if s := e.slot(); int(s) < len(t.e) && t.e[s].used && (t.e[s].ref.Type == torus.TypeINode) == (typ == torus.TypeINode) {
 			return nil
 		}
 	}
@@ -189,12 +224,12 @@ func (f *File) inodePages(t *loop.Task, ref torus.BlockRef, x *models.Extent) (i
 }
 
 // readExtent reads a run of bytes that is found without a map.
-func (f *File) readExtent(t *loop.Task, x *models.Extent) (b []byte, err error) {
+func (f *File) readExtent(t *loop.Task, vol torus.VolumeID, x *models.Extent) (b []byte, err error) {
 	if err := f.dist.NeedRing(t, x.Set.RingVersion); err != nil {
 		return nil, again(err)
 	}
 	t.Wait(func(wake func()) {
-		f.startExtent(x, func(got []byte, e error) {
+		f.startExtent(vol, x, func(got []byte, e error) {
 			b, err = got, e
 			wake()
 		})
@@ -202,9 +237,9 @@ func (f *File) readExtent(t *loop.Task, x *models.Extent) (b []byte, err error) 
 	return b, err
 }
 
-func (f *File) startExtent(x *models.Extent, done func([]byte, error)) {
+func (f *File) startExtent(vol torus.VolumeID, x *models.Extent, done func([]byte, error)) {
 	rd := f.dist.NewRead()
-	rd.Ref = torus.BlockRef{Type: torus.TypeINode, Volume: f.vol, INode: torus.INodeID(x.Epoch), Index: torus.IndexID(x.Index)}
+	rd.Ref = extentRef(vol, x)
 	rd.Off, rd.Data, rd.Set, rd.Wait, rd.Until = x.Offset, make([]byte, x.Length), f.dist.Set(rd.Ref, x.Set), true, f.errFn
 	b := rd.Data
 	rd.Verify = func(rd *read) bool { return record.Checksum(rd.Data) == x.Crc32C }

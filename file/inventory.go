@@ -36,7 +36,7 @@ func Inventory(t *loop.Task, cfg InventoryConfig, h *models.Head) (iter.Seq[List
 	f := &File{loop: t.Loop(), dist: cfg.Dist, vol: cfg.Volume, errFn: cfg.Until}
 	f.cfg.BlockSize = cfg.BlockSize
 	f.table.init()
-	err := f.loadInode(t, h)
+	err := f.loadInode(t, cfg.Volume, h)
 	for i := range f.table.e {
 		if e := &f.table.e[i]; err == nil && e.length > cfg.BlockSize/pageSize {
 			err = fmt.Errorf("%v of %d pages: %w", e.ref, e.length, torus.ErrCorrupt)

@@ -77,7 +77,7 @@ type topNode struct {
 
 // fmap is the map in memory.
 type fmap struct {
-	top         []topNode
+	top         []*topNode                                  // as pointers, since a volume may grow while a node is on its way
 	read        func(e entry, dst []byte, done func(error)) // reads a node
 	check       func(e *[fanout]entry, leaf bool) error     // whether a node's entries point to what there is
 	leaves      int
@@ -89,15 +89,22 @@ type fmap struct {
 }
 
 func (m *fmap) init(size uint64, maxBytes int, read func(entry, []byte, func(error)), check func(*[fanout]entry, bool) error) {
-	pages := (size + pageSize - 1) / pageSize
-	m.top = make([]topNode, (pages+innerPages-1)/innerPages)
+	m.grow(size)
 	m.read, m.check = read, check
 	m.maxLeaves = max(minLeaves, maxBytes/(nodeSize+64))
 }
 
+// grow makes room for a larger file.
+func (m *fmap) grow(size uint64) {
+	pages := (size + pageSize - 1) / pageSize
+	for uint64(len(m.top))*innerPages < pages {
+		m.top = append(m.top, &topNode{})
+	}
+}
+
 // get returns the entry of a page; ok is false if its leaf has to be loaded first.
 func (m *fmap) get(page uint64) (e entry, ok bool) {
-	t := &m.top[page/innerPages]
+	t := m.top[page/innerPages]
 	if t.in == nil {
 		return 0, t.ptr == 0
 	}
@@ -112,7 +119,7 @@ func (m *fmap) get(page uint64) (e entry, ok bool) {
 
 // hole reports how many pages from page on are certainly unmapped, without loading anything: all the rest of a subtree that is not there.
 func (m *fmap) hole(page uint64) uint64 {
-	t := &m.top[page/innerPages]
+	t := m.top[page/innerPages]
 	if t.in == nil {
 		if t.ptr == 0 {
 			return innerPages - page%innerPages
@@ -128,7 +135,7 @@ func (m *fmap) hole(page uint64) uint64 {
 
 // writable returns the leaf of a page, made if there is none; nil if it has to be loaded first.
 func (m *fmap) writable(page uint64) *leaf {
-	t := &m.top[page/innerPages]
+	t := m.top[page/innerPages]
 	if t.in == nil {
 		if t.ptr != 0 {
 			return nil
@@ -186,7 +193,7 @@ func (m *fmap) evict() {
 
 // load sees to it that the leaf of a page is in memory, if there is one; done may be called at once.
 func (m *fmap) load(page uint64, done func(error)) {
-	t := &m.top[page/innerPages]
+	t := m.top[page/innerPages]
 	if t.in == nil {
 		if t.ptr == 0 {
 			done(nil)
@@ -247,7 +254,7 @@ func (m *fmap) load(page uint64, done func(error)) {
 // lose gives up the node on the way to a page that is not in memory, as it cannot be read: what it pointed to is lost.
 // It reports how many pages from which on that are.
 func (m *fmap) lose(page uint64) (first, n uint64) {
-	t := &m.top[page/innerPages]
+	t := m.top[page/innerPages]
 	if t.in == nil {
 		t.ptr, t.in = lostEntry, &inner{dirty: true}
 		for i := range t.in.ptr {

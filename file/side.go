@@ -16,6 +16,7 @@ import (
 // them a full cluster could not be recovered, nor become less full.
 type sideWriter struct {
 	typ  torus.BlockType
+	late bool   // the table is told of a record when it is durable, by the caller; else, because an INode that lists it is written together with it, at once
 	next uint64 // next index not used
 	blk  *openBlock
 }
@@ -65,6 +66,9 @@ func (w *sideWriter) open(f *File, size uint32) (*openBlock, error) {
 	return w.blk, nil
 }
 
+// at reports whether the block in that slot of the table is the one that takes the next record.
+func (w *sideWriter) at(slot uint32) bool { return w.blk != nil && w.blk.slot == slot }
+
 // record begins a record with room for the given number of pages, or for as many as possible but at least that.
 func (w *sideWriter) record(f *File, pages int, grow bool) (*sideRec, error) {
 	blk, err := w.open(f, uint32(record.HeaderSize+pages*pageSize))
@@ -86,7 +90,9 @@ func (w *sideWriter) close(f *File, r *sideRec) {
 		r.hdr.Flushed = min(f.flushed, r.hdr.Seq-1) // a copy is durable no sooner than it has been synced
 	}
 	r.hdr.Encode(r.b.Bytes()[:record.HeaderSize])
-	f.table.setLength(r.blk.slot, r.blk.end/pageSize)
+	if !w.late {
+		f.table.setLength(r.blk.slot, r.blk.end/pageSize)
+	}
 }
 
 // write appends records to all replicas of their blocks and makes them durable there. It returns the

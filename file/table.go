@@ -13,7 +13,7 @@ import (
 // a checkpoint writes those that changed.
 
 const (
-	tableEntrySize = 32
+	tableEntrySize = 48
 	tablePageSlots = pageSize / tableEntrySize
 	maxSets        = 1<<16 - 16 // a checkpoint's own blocks may need some more
 )
@@ -25,6 +25,9 @@ type tableEntry struct {
 	live   uint32 // pages the map (or the tree itself) points to
 	length uint32 // pages that are valid, headers included
 	set    uint16 // index into sets
+	birth  uint64 // the first INode that listed it
+	death  uint64 // the first to which it was of no use; 0: it is
+	held   bool   // being written to beside the log; not stored
 	sealed bool   // its peers have been told that it is complete; not stored: of an older INode's blocks it is taken for granted
 	peers  torus.PeerList
 }
@@ -38,6 +41,7 @@ type table struct {
 	sets     []*models.PlacementSet
 	setID    map[string]uint16
 	freeSets []uint16 // indexes of sets that no block of the INode attached from was in
+	next     uint64   // number of the INode that will be the first to list what is added now
 	// sum of live and of length over data blocks, pages
 	liveData, lengthAll uint64
 }
@@ -45,7 +49,11 @@ type table struct {
 func (t *table) init() {
 	t.byRef = map[torus.BlockRef]uint32{}
 	t.setID = map[string]uint16{}
+	t.next = 1
 }
+
+// isData reports whether blocks of a type hold contents of the volume.
+func isData(typ torus.BlockType) bool { return typ == torus.TypeBlock || typ == torus.TypeMoved }
 
 // full reports whether the table cannot list another block: an entry of the map has no more bits for its place, or one of
 // the table no more for its placement set.
@@ -63,7 +71,7 @@ func (t *table) add(ref torus.BlockRef, ps *models.PlacementSet, peers torus.Pee
 		slot = uint32(len(t.e))
 		t.e = append(t.e, tableEntry{})
 	}
-	t.e[slot] = tableEntry{ref: ref, used: true, set: t.intern(ps), peers: peers}
+	t.e[slot] = tableEntry{ref: ref, used: true, set: t.intern(ps), birth: t.next, peers: peers}
 	t.byRef[ref] = slot
 	t.touch(slot)
 	return slot
@@ -92,7 +100,7 @@ func (t *table) touch(slot uint32) {
 func (t *table) addLive(slot uint32, n int) {
 	e := &t.e[slot]
 	e.live = uint32(int(e.live) + n)
-	if e.ref.Type == torus.TypeBlock {
+	if isData(e.ref.Type) {
 		t.liveData = uint64(int64(t.liveData) + int64(n))
 	}
 	t.touch(slot)
@@ -179,6 +187,8 @@ func (t *table) encodePage(p int, b []byte) {
 		binary.LittleEndian.PutUint16(x[26:], uint16(e.length))
 		binary.LittleEndian.PutUint16(x[28:], e.set)
 		binary.LittleEndian.PutUint16(x[30:], 1)
+		binary.LittleEndian.PutUint64(x[32:], e.birth)
+		binary.LittleEndian.PutUint64(x[40:], e.death)
 	}
 }
 
@@ -201,6 +211,8 @@ func (t *table) decodePage(p int, b []byte) error {
 			live:   uint32(binary.LittleEndian.Uint16(x[24:])),
 			length: uint32(binary.LittleEndian.Uint16(x[26:])),
 			set:    binary.LittleEndian.Uint16(x[28:]),
+			birth:  binary.LittleEndian.Uint64(x[32:]),
+			death:  binary.LittleEndian.Uint64(x[40:]),
 		}
 		if int(e.set) >= len(t.sets) {
 			return fmt.Errorf("block table names placement set %d of %d: %w", e.set, len(t.sets), torus.ErrCorrupt)
@@ -208,7 +220,7 @@ func (t *table) decodePage(p int, b []byte) error {
 		t.e[s] = e
 		t.byRef[e.ref] = uint32(s)
 		t.lengthAll += uint64(e.length)
-		if e.ref.Type == torus.TypeBlock {
+		if isData(e.ref.Type) {
 			t.liveData += uint64(e.live)
 		}
 	}

@@ -171,8 +171,9 @@ func (f *File) maybeExtend() {
 	loop.Go(f.loop, func(t *loop.Task) {
 		f.takeMeta(t)
 		span := f.newSpan(max(f.win.hi(), f.next), int(max(windowBlocks, want-min(want, left))))
-		err := f.commit(t, func(s *models.VolumeState) {
+		err := f.commit(t, func(s *models.VolumeState) error {
 			s.Open.Spans = append(s.Open.Spans, span)
+			return nil
 		})
 		f.releaseMeta()
 		f.win.extending = false
@@ -208,17 +209,23 @@ func (f *File) releaseMeta() {
 // commit changes the volume's state in the MDS. It returns when the change is known to be made, or known never to be: when
 // the MDS does not answer it asks again, for as long as that takes, and tells a late success from a failure by
 // the transaction's number. A newer epoch ends the file. The caller holds takeMeta.
-func (f *File) commit(t *loop.Task, change func(*models.VolumeState)) error {
+//
+// Others may amend what is not the writer's: pins, asks, how long to retain. The change
+// is then made once more, to what they have left; an error of change ends the commit, and nothing is changed.
+func (f *File) commit(t *loop.Task, change func(*models.VolumeState) error) error {
 	from := f.state
-	to := proto.CloneOf(from.VolumeState)
-	change(to)
-	to.Txn++
 	for warned := false; ; {
+		to := proto.CloneOf(from.VolumeState)
+		if err := change(to); err != nil {
+			return err
+		}
+		to.Txn++
 		if f.err != nil {
 			return f.err
 		}
 		var st torus.VolumeState
 		var err error
+		again := false
 		t.Call(func() {
 			ctx, cancel := context.WithTimeout(context.Background(), mdsTimeout)
 			defer cancel()
@@ -234,6 +241,7 @@ func (f *File) commit(t *loop.Task, change func(*models.VolumeState)) error {
 			case now.Txn == to.Txn && proto.Equal(now.Head, to.Head) && proto.Equal(now.Open, to.Open):
 				st, err = now, nil // it had been made after all
 			case now.Txn == from.Txn:
+				again = errors.Is(err, torus.ErrCompareFailed)
 				from = now // it has not: try again
 			}
 		})
@@ -251,6 +259,10 @@ func (f *File) commit(t *loop.Task, change func(*models.VolumeState)) error {
 			f.fail(&torus.Error{Op: "commit", Obj: "volume " + f.cfg.Volume.Name, Err: err, Hint: "The volume has been deleted."})
 			return f.err
 		}
+		if again {
+			f.state = from
+			continue
+		}
 		if f.closing && f.loop.Now() >= f.closeBy {
 			// Whether it was made is not known, so no other transaction may follow: it would take this one for itself, and the
 			// head it believes in would not be the one there is. The next attach finds out.
@@ -265,9 +277,13 @@ func (f *File) commit(t *loop.Task, change func(*models.VolumeState)) error {
 	}
 }
 
-// Observe tells the file of the volume's state as seen by a watch: a newer epoch than its own ends it.
+// Observe tells the file of the volume's state as seen by a watch: a newer epoch than its own ends it; what it is asked to do it does.
 func (f *File) Observe(st torus.VolumeState) {
-	if st.Epoch > f.epoch {
+	switch {
+	case st.Epoch > f.epoch:
 		f.fenced(st.Epoch)
+	case st.Epoch == f.epoch && st.Txn == f.state.Txn && st.Revision > f.state.Revision:
+		f.state = st
 	}
+	f.answer()
 }

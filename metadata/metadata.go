@@ -96,6 +96,25 @@ func NextState(from torus.VolumeState, to *models.VolumeState) (*models.VolumeSt
 	return s, nil
 }
 
+// CheckUpdate says whether UpdateVolume may make to of from.
+func CheckUpdate(from, to *models.Volume) error {
+	if to.GetId() != from.GetId() || to.GetType() != from.GetType() {
+		return &torus.Error{Op: "UpdateVolume", Obj: "volume " + from.GetName(), Err: fmt.Errorf("id and type of a volume stay: %w", torus.ErrInvalid)}
+	}
+	if strings.HasPrefix(to.GetName(), ".") {
+		return CheckVolumeName(strings.TrimPrefix(to.GetName(), "."))
+	}
+	return CheckVolumeName(to.GetName())
+}
+
+// AmendedState is what Amend(from, to) stores: to, if it leaves alone what is the writer's.
+func AmendedState(from torus.VolumeState, to *models.VolumeState) (*models.VolumeState, error) {
+	if to.GetEpoch() != from.GetEpoch() || to.GetTxn() != from.GetTxn() || !proto.Equal(to.GetHead(), from.GetHead()) || !proto.Equal(to.GetOpen(), from.GetOpen()) {
+		return nil, fmt.Errorf("an amendment that changes epoch, head or window: %w", torus.ErrInvalid)
+	}
+	return proto.CloneOf(to), nil
+}
+
 // HolderAt returns a copy of h that holds under epoch; h may be nil.
 func HolderAt(h *models.Holder, epoch uint64) *models.Holder {
 	c := &models.Holder{}
@@ -117,8 +136,8 @@ const (
 	Unclear             // others have committed since; whether it was made before that cannot be seen any more
 )
 
-// Settle tells the fate of Commit(from, to) by the state read afterwards. Attaches change the epoch only,
-// commits count Txn, and of all commits from the same state only one is made; that is enough to tell.
+// Settle tells the fate of Commit(from, to) by the state read afterwards. Attaches change the epoch only, amendments neither
+// that nor the head and the window, commits count Txn, and of all commits from the same state only one is made; that is enough to tell.
 func Settle(from torus.VolumeState, to *models.VolumeState, now torus.VolumeState) Fate {
 	switch {
 	case now.Revision == from.Revision:

@@ -421,6 +421,7 @@ type Volume struct {
 	SizeBytes     uint64                 `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	BlockSpec     string                 `protobuf:"bytes,5,opt,name=block_spec,json=blockSpec,proto3" json:"block_spec,omitempty"`
 	CreatedUnixMs int64                  `protobuf:"varint,6,opt,name=created_unix_ms,json=createdUnixMs,proto3" json:"created_unix_ms,omitempty"`
+	Origin        *Origin                `protobuf:"bytes,7,opt,name=origin,proto3" json:"origin,omitempty"` // of a clone: what it consists of until it has a head of its own, and may refer to afterwards
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -495,6 +496,13 @@ func (x *Volume) GetCreatedUnixMs() int64 {
 		return x.CreatedUnixMs
 	}
 	return 0
+}
+
+func (x *Volume) GetOrigin() *Origin {
+	if x != nil {
+		return x.Origin
+	}
+	return nil
 }
 
 // Holder says who has a volume attached.
@@ -577,10 +585,16 @@ func (x *Holder) GetSinceUnixMs() int64 {
 // VolumeState is the log's whole state in etcd: one key a volume, one revision.
 type VolumeState struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Epoch         uint64                 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"` // the last one handed out
-	Txn           uint64                 `protobuf:"varint,2,opt,name=txn,proto3" json:"txn,omitempty"`     // increases with every commit: tells a late success from a failure
-	Head          *Head                  `protobuf:"bytes,3,opt,name=head,proto3" json:"head,omitempty"`    // absent: nothing written yet
-	Open          *Window                `protobuf:"bytes,4,opt,name=open,proto3" json:"open,omitempty"`    // absent: nothing to recover
+	Epoch         uint64                 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"`                       // the last one handed out
+	Txn           uint64                 `protobuf:"varint,2,opt,name=txn,proto3" json:"txn,omitempty"`                           // increases with every commit: tells a late success from a failure
+	Head          *Head                  `protobuf:"bytes,3,opt,name=head,proto3" json:"head,omitempty"`                          // absent: nothing written yet
+	Open          *Window                `protobuf:"bytes,4,opt,name=open,proto3" json:"open,omitempty"`                          // absent: nothing to recover
+	Pins          []*Pin                 `protobuf:"bytes,5,rep,name=pins,proto3" json:"pins,omitempty"`                          // moments that must stay readable, oldest first
+	Asks          []*Ask                 `protobuf:"bytes,6,rep,name=asks,proto3" json:"asks,omitempty"`                          // what the attached writer is asked to do
+	RetainMs      uint64                 `protobuf:"varint,7,opt,name=retain_ms,json=retainMs,proto3" json:"retain_ms,omitempty"` // for how long the volume can be rewound
+	KeptFrom      uint64                 `protobuf:"varint,8,opt,name=kept_from,json=keptFrom,proto3" json:"kept_from,omitempty"` // the oldest INode from which it can; 0: nothing is kept for that
+	Deleted       bool                   `protobuf:"varint,9,opt,name=deleted,proto3" json:"deleted,omitempty"`                   // kept only for its pins, which clones need
+	Own           bool                   `protobuf:"varint,10,opt,name=own,proto3" json:"own,omitempty"`                          // a clone that refers to nothing of its origin any more, by whatever it keeps
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -643,6 +657,300 @@ func (x *VolumeState) GetOpen() *Window {
 	return nil
 }
 
+func (x *VolumeState) GetPins() []*Pin {
+	if x != nil {
+		return x.Pins
+	}
+	return nil
+}
+
+func (x *VolumeState) GetAsks() []*Ask {
+	if x != nil {
+		return x.Asks
+	}
+	return nil
+}
+
+func (x *VolumeState) GetRetainMs() uint64 {
+	if x != nil {
+		return x.RetainMs
+	}
+	return 0
+}
+
+func (x *VolumeState) GetKeptFrom() uint64 {
+	if x != nil {
+		return x.KeptFrom
+	}
+	return 0
+}
+
+func (x *VolumeState) GetDeleted() bool {
+	if x != nil {
+		return x.Deleted
+	}
+	return false
+}
+
+func (x *VolumeState) GetOwn() bool {
+	if x != nil {
+		return x.Own
+	}
+	return false
+}
+
+// Moment is a point of a volume's history: what an INode says, and the log behind it up to some record.
+type Moment struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Base          *Head                  `protobuf:"bytes,1,opt,name=base,proto3" json:"base,omitempty"`                             // absent: nothing had been committed
+	Seq           uint64                 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`                              // the last record that belongs to it
+	TimeUs        uint64                 `protobuf:"varint,3,opt,name=time_us,json=timeUs,proto3" json:"time_us,omitempty"`          // when: microseconds since 1970, by the writer's clock
+	SizeBytes     uint64                 `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the volume
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Moment) Reset() {
+	*x = Moment{}
+	mi := &file_models_torus_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Moment) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Moment) ProtoMessage() {}
+
+func (x *Moment) ProtoReflect() protoreflect.Message {
+	mi := &file_models_torus_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Moment.ProtoReflect.Descriptor instead.
+func (*Moment) Descriptor() ([]byte, []int) {
+	return file_models_torus_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Moment) GetBase() *Head {
+	if x != nil {
+		return x.Base
+	}
+	return nil
+}
+
+func (x *Moment) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *Moment) GetTimeUs() uint64 {
+	if x != nil {
+		return x.TimeUs
+	}
+	return 0
+}
+
+func (x *Moment) GetSizeBytes() uint64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+// Pin keeps a moment: for a snapshot, which has a name, or for a clone, which has a volume's id.
+type Pin struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Clone         uint64                 `protobuf:"varint,2,opt,name=clone,proto3" json:"clone,omitempty"`
+	At            *Moment                `protobuf:"bytes,3,opt,name=at,proto3" json:"at,omitempty"`
+	CreatedUnixMs int64                  `protobuf:"varint,4,opt,name=created_unix_ms,json=createdUnixMs,proto3" json:"created_unix_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Pin) Reset() {
+	*x = Pin{}
+	mi := &file_models_torus_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Pin) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Pin) ProtoMessage() {}
+
+func (x *Pin) ProtoReflect() protoreflect.Message {
+	mi := &file_models_torus_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Pin.ProtoReflect.Descriptor instead.
+func (*Pin) Descriptor() ([]byte, []int) {
+	return file_models_torus_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Pin) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Pin) GetClone() uint64 {
+	if x != nil {
+		return x.Clone
+	}
+	return 0
+}
+
+func (x *Pin) GetAt() *Moment {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+func (x *Pin) GetCreatedUnixMs() int64 {
+	if x != nil {
+		return x.CreatedUnixMs
+	}
+	return 0
+}
+
+// Ask is what somebody wants of whoever has the volume attached, who removes it when it is done.
+type Ask struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Snapshot      string                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`                     // pin the present under this name
+	SizeBytes     uint64                 `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // grow to this size
+	Flatten       bool                   `protobuf:"varint,3,opt,name=flatten,proto3" json:"flatten,omitempty"`                      // a clone: copy what it has of its origin
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Ask) Reset() {
+	*x = Ask{}
+	mi := &file_models_torus_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Ask) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Ask) ProtoMessage() {}
+
+func (x *Ask) ProtoReflect() protoreflect.Message {
+	mi := &file_models_torus_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Ask.ProtoReflect.Descriptor instead.
+func (*Ask) Descriptor() ([]byte, []int) {
+	return file_models_torus_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Ask) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *Ask) GetSizeBytes() uint64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *Ask) GetFlatten() bool {
+	if x != nil {
+		return x.Flatten
+	}
+	return false
+}
+
+// Origin is where a clone's blocks come from.
+type Origin struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        uint64                 `protobuf:"varint,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	At            *Moment                `protobuf:"bytes,2,opt,name=at,proto3" json:"at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Origin) Reset() {
+	*x = Origin{}
+	mi := &file_models_torus_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Origin) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Origin) ProtoMessage() {}
+
+func (x *Origin) ProtoReflect() protoreflect.Message {
+	mi := &file_models_torus_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Origin.ProtoReflect.Descriptor instead.
+func (*Origin) Descriptor() ([]byte, []int) {
+	return file_models_torus_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Origin) GetVolume() uint64 {
+	if x != nil {
+		return x.Volume
+	}
+	return 0
+}
+
+func (x *Origin) GetAt() *Moment {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
 // Head points to the newest committed INode.
 type Head struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
@@ -654,13 +962,15 @@ type Head struct {
 	CommittedUnixMs int64                  `protobuf:"varint,6,opt,name=committed_unix_ms,json=committedUnixMs,proto3" json:"committed_unix_ms,omitempty"`
 	LiveBytes       uint64                 `protobuf:"varint,7,opt,name=live_bytes,json=liveBytes,proto3" json:"live_bytes,omitempty"`       // mapped data
 	StoredBytes     uint64                 `protobuf:"varint,8,opt,name=stored_bytes,json=storedBytes,proto3" json:"stored_bytes,omitempty"` // in listed blocks, one replica
+	LogLo           uint64                 `protobuf:"varint,9,opt,name=log_lo,json=logLo,proto3" json:"log_lo,omitempty"`                   // later records are in data blocks of this epoch from this index on, or of later epochs
+	TimeUs          uint64                 `protobuf:"varint,10,opt,name=time_us,json=timeUs,proto3" json:"time_us,omitempty"`               // of the last record it covers, or later
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Head) Reset() {
 	*x = Head{}
-	mi := &file_models_torus_proto_msgTypes[7]
+	mi := &file_models_torus_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -672,7 +982,7 @@ func (x *Head) String() string {
 func (*Head) ProtoMessage() {}
 
 func (x *Head) ProtoReflect() protoreflect.Message {
-	mi := &file_models_torus_proto_msgTypes[7]
+	mi := &file_models_torus_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -685,7 +995,7 @@ func (x *Head) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Head.ProtoReflect.Descriptor instead.
 func (*Head) Descriptor() ([]byte, []int) {
-	return file_models_torus_proto_rawDescGZIP(), []int{7}
+	return file_models_torus_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Head) GetEpoch() uint64 {
@@ -744,6 +1054,20 @@ func (x *Head) GetStoredBytes() uint64 {
 	return 0
 }
 
+func (x *Head) GetLogLo() uint64 {
+	if x != nil {
+		return x.LogLo
+	}
+	return 0
+}
+
+func (x *Head) GetTimeUs() uint64 {
+	if x != nil {
+		return x.TimeUs
+	}
+	return 0
+}
+
 // Extent is a run of bytes in a block, found without a map.
 type Extent struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -759,7 +1083,7 @@ type Extent struct {
 
 func (x *Extent) Reset() {
 	*x = Extent{}
-	mi := &file_models_torus_proto_msgTypes[8]
+	mi := &file_models_torus_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -771,7 +1095,7 @@ func (x *Extent) String() string {
 func (*Extent) ProtoMessage() {}
 
 func (x *Extent) ProtoReflect() protoreflect.Message {
-	mi := &file_models_torus_proto_msgTypes[8]
+	mi := &file_models_torus_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -784,7 +1108,7 @@ func (x *Extent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Extent.ProtoReflect.Descriptor instead.
 func (*Extent) Descriptor() ([]byte, []int) {
-	return file_models_torus_proto_rawDescGZIP(), []int{8}
+	return file_models_torus_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Extent) GetEpoch() uint64 {
@@ -842,7 +1166,7 @@ type PlacementSet struct {
 
 func (x *PlacementSet) Reset() {
 	*x = PlacementSet{}
-	mi := &file_models_torus_proto_msgTypes[9]
+	mi := &file_models_torus_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -854,7 +1178,7 @@ func (x *PlacementSet) String() string {
 func (*PlacementSet) ProtoMessage() {}
 
 func (x *PlacementSet) ProtoReflect() protoreflect.Message {
-	mi := &file_models_torus_proto_msgTypes[9]
+	mi := &file_models_torus_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -867,7 +1191,7 @@ func (x *PlacementSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlacementSet.ProtoReflect.Descriptor instead.
 func (*PlacementSet) Descriptor() ([]byte, []int) {
-	return file_models_torus_proto_rawDescGZIP(), []int{9}
+	return file_models_torus_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *PlacementSet) GetRingVersion() uint64 {
@@ -902,7 +1226,7 @@ type Window struct {
 
 func (x *Window) Reset() {
 	*x = Window{}
-	mi := &file_models_torus_proto_msgTypes[10]
+	mi := &file_models_torus_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -914,7 +1238,7 @@ func (x *Window) String() string {
 func (*Window) ProtoMessage() {}
 
 func (x *Window) ProtoReflect() protoreflect.Message {
-	mi := &file_models_torus_proto_msgTypes[10]
+	mi := &file_models_torus_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -927,7 +1251,7 @@ func (x *Window) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Window.ProtoReflect.Descriptor instead.
 func (*Window) Descriptor() ([]byte, []int) {
-	return file_models_torus_proto_rawDescGZIP(), []int{10}
+	return file_models_torus_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Window) GetEpoch() uint64 {
@@ -958,7 +1282,7 @@ type Span struct {
 
 func (x *Span) Reset() {
 	*x = Span{}
-	mi := &file_models_torus_proto_msgTypes[11]
+	mi := &file_models_torus_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -970,7 +1294,7 @@ func (x *Span) String() string {
 func (*Span) ProtoMessage() {}
 
 func (x *Span) ProtoReflect() protoreflect.Message {
-	mi := &file_models_torus_proto_msgTypes[11]
+	mi := &file_models_torus_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -983,7 +1307,7 @@ func (x *Span) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Span.ProtoReflect.Descriptor instead.
 func (*Span) Descriptor() ([]byte, []int) {
-	return file_models_torus_proto_rawDescGZIP(), []int{11}
+	return file_models_torus_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Span) GetLo() uint64 {
@@ -1033,13 +1357,15 @@ type INode struct {
 	Top           []uint64               `protobuf:"fixed64,7,rep,packed,name=top,proto3" json:"top,omitempty"` // map entries of the interior nodes, one a GiB
 	Table         []*Extent              `protobuf:"bytes,8,rep,name=table,proto3" json:"table,omitempty"`      // the block table's pages, in order
 	Sets          []*PlacementSet        `protobuf:"bytes,9,rep,name=sets,proto3" json:"sets,omitempty"`        // what the table's entries refer to
+	History       []*Head                `protobuf:"bytes,10,rep,name=history,proto3" json:"history,omitempty"` // earlier INodes: [i] is the last whose number, divided by 2^i, is less than this one's; each once, newest first
+	Marks         []*Mark                `protobuf:"bytes,11,rep,name=marks,proto3" json:"marks,omitempty"`     // some of the INodes that the volume can be rewound to, oldest first
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *INode) Reset() {
 	*x = INode{}
-	mi := &file_models_torus_proto_msgTypes[12]
+	mi := &file_models_torus_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1051,7 +1377,7 @@ func (x *INode) String() string {
 func (*INode) ProtoMessage() {}
 
 func (x *INode) ProtoReflect() protoreflect.Message {
-	mi := &file_models_torus_proto_msgTypes[12]
+	mi := &file_models_torus_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1064,7 +1390,7 @@ func (x *INode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use INode.ProtoReflect.Descriptor instead.
 func (*INode) Descriptor() ([]byte, []int) {
-	return file_models_torus_proto_rawDescGZIP(), []int{12}
+	return file_models_torus_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *INode) GetFormat() uint32 {
@@ -1130,6 +1456,73 @@ func (x *INode) GetSets() []*PlacementSet {
 	return nil
 }
 
+func (x *INode) GetHistory() []*Head {
+	if x != nil {
+		return x.History
+	}
+	return nil
+}
+
+func (x *INode) GetMarks() []*Mark {
+	if x != nil {
+		return x.Marks
+	}
+	return nil
+}
+
+// Mark says which INode was the newest at some time.
+type Mark struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Number        uint64                 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"`
+	TimeUs        uint64                 `protobuf:"varint,2,opt,name=time_us,json=timeUs,proto3" json:"time_us,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Mark) Reset() {
+	*x = Mark{}
+	mi := &file_models_torus_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Mark) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Mark) ProtoMessage() {}
+
+func (x *Mark) ProtoReflect() protoreflect.Message {
+	mi := &file_models_torus_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Mark.ProtoReflect.Descriptor instead.
+func (*Mark) Descriptor() ([]byte, []int) {
+	return file_models_torus_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *Mark) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *Mark) GetTimeUs() uint64 {
+	if x != nil {
+		return x.TimeUs
+	}
+	return 0
+}
+
 var File_models_torus_proto protoreflect.FileDescriptor
 
 const file_models_torus_proto_rawDesc = "" +
@@ -1180,7 +1573,7 @@ const file_models_torus_proto_rawDesc = "" +
 	"\amembers\x18\x04 \x03(\v2\x12.models.RingMemberR\amembers\x12\x14\n" +
 	"\x05slots\x18\x05 \x01(\rR\x05slots\x12\x14\n" +
 	"\x05width\x18\x06 \x01(\rR\x05width\x12\x14\n" +
-	"\x05table\x18\a \x01(\fR\x05table\"\xa6\x01\n" +
+	"\x05table\x18\a \x01(\fR\x05table\"\xce\x01\n" +
 	"\x06Volume\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12\x12\n" +
@@ -1189,18 +1582,45 @@ const file_models_torus_proto_rawDesc = "" +
 	"size_bytes\x18\x04 \x01(\x04R\tsizeBytes\x12\x1d\n" +
 	"\n" +
 	"block_spec\x18\x05 \x01(\tR\tblockSpec\x12&\n" +
-	"\x0fcreated_unix_ms\x18\x06 \x01(\x03R\rcreatedUnixMs\"|\n" +
+	"\x0fcreated_unix_ms\x18\x06 \x01(\x03R\rcreatedUnixMs\x12&\n" +
+	"\x06origin\x18\a \x01(\v2\x0e.models.OriginR\x06origin\"|\n" +
 	"\x06Holder\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x10\n" +
 	"\x03pid\x18\x03 \x01(\rR\x03pid\x12\x12\n" +
 	"\x04what\x18\x04 \x01(\tR\x04what\x12\"\n" +
-	"\rsince_unix_ms\x18\x05 \x01(\x03R\vsinceUnixMs\"{\n" +
+	"\rsince_unix_ms\x18\x05 \x01(\x03R\vsinceUnixMs\"\xa3\x02\n" +
 	"\vVolumeState\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x10\n" +
 	"\x03txn\x18\x02 \x01(\x04R\x03txn\x12 \n" +
 	"\x04head\x18\x03 \x01(\v2\f.models.HeadR\x04head\x12\"\n" +
-	"\x04open\x18\x04 \x01(\v2\x0e.models.WindowR\x04open\"\xf9\x01\n" +
+	"\x04open\x18\x04 \x01(\v2\x0e.models.WindowR\x04open\x12\x1f\n" +
+	"\x04pins\x18\x05 \x03(\v2\v.models.PinR\x04pins\x12\x1f\n" +
+	"\x04asks\x18\x06 \x03(\v2\v.models.AskR\x04asks\x12\x1b\n" +
+	"\tretain_ms\x18\a \x01(\x04R\bretainMs\x12\x1b\n" +
+	"\tkept_from\x18\b \x01(\x04R\bkeptFrom\x12\x18\n" +
+	"\adeleted\x18\t \x01(\bR\adeleted\x12\x10\n" +
+	"\x03own\x18\n" +
+	" \x01(\bR\x03own\"t\n" +
+	"\x06Moment\x12 \n" +
+	"\x04base\x18\x01 \x01(\v2\f.models.HeadR\x04base\x12\x10\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x17\n" +
+	"\atime_us\x18\x03 \x01(\x04R\x06timeUs\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x04 \x01(\x04R\tsizeBytes\"w\n" +
+	"\x03Pin\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05clone\x18\x02 \x01(\x04R\x05clone\x12\x1e\n" +
+	"\x02at\x18\x03 \x01(\v2\x0e.models.MomentR\x02at\x12&\n" +
+	"\x0fcreated_unix_ms\x18\x04 \x01(\x03R\rcreatedUnixMs\"Z\n" +
+	"\x03Ask\x12\x1a\n" +
+	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x02 \x01(\x04R\tsizeBytes\x12\x18\n" +
+	"\aflatten\x18\x03 \x01(\bR\aflatten\"@\n" +
+	"\x06Origin\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\x04R\x06volume\x12\x1e\n" +
+	"\x02at\x18\x02 \x01(\v2\x0e.models.MomentR\x02at\"\xa9\x02\n" +
 	"\x04Head\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x16\n" +
 	"\x06number\x18\x02 \x01(\x04R\x06number\x12\x10\n" +
@@ -1211,7 +1631,10 @@ const file_models_torus_proto_rawDesc = "" +
 	"\x11committed_unix_ms\x18\x06 \x01(\x03R\x0fcommittedUnixMs\x12\x1d\n" +
 	"\n" +
 	"live_bytes\x18\a \x01(\x04R\tliveBytes\x12!\n" +
-	"\fstored_bytes\x18\b \x01(\x04R\vstoredBytes\"\xa4\x01\n" +
+	"\fstored_bytes\x18\b \x01(\x04R\vstoredBytes\x12\x15\n" +
+	"\x06log_lo\x18\t \x01(\x04R\x05logLo\x12\x17\n" +
+	"\atime_us\x18\n" +
+	" \x01(\x04R\x06timeUs\"\xa4\x01\n" +
 	"\x06Extent\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\x12\x16\n" +
@@ -1234,7 +1657,7 @@ const file_models_torus_proto_rawDesc = "" +
 	"\toverrides\x18\x05 \x03(\v2\x1b.models.Span.OverridesEntryR\toverrides\x1aR\n" +
 	"\x0eOverridesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\x04R\x03key\x12*\n" +
-	"\x05value\x18\x02 \x01(\v2\x14.models.PlacementSetR\x05value:\x028\x01\"\xf8\x01\n" +
+	"\x05value\x18\x02 \x01(\v2\x14.models.PlacementSetR\x05value:\x028\x01\"\xc4\x02\n" +
 	"\x05INode\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x16\n" +
 	"\x06volume\x18\x02 \x01(\x04R\x06volume\x12\x14\n" +
@@ -1245,7 +1668,13 @@ const file_models_torus_proto_rawDesc = "" +
 	"size_bytes\x18\x06 \x01(\x04R\tsizeBytes\x12\x10\n" +
 	"\x03top\x18\a \x03(\x06R\x03top\x12$\n" +
 	"\x05table\x18\b \x03(\v2\x0e.models.ExtentR\x05table\x12(\n" +
-	"\x04sets\x18\t \x03(\v2\x14.models.PlacementSetR\x04setsB Z\x1egithub.com/coreos/torus/modelsb\x06proto3"
+	"\x04sets\x18\t \x03(\v2\x14.models.PlacementSetR\x04sets\x12&\n" +
+	"\ahistory\x18\n" +
+	" \x03(\v2\f.models.HeadR\ahistory\x12\"\n" +
+	"\x05marks\x18\v \x03(\v2\f.models.MarkR\x05marks\"7\n" +
+	"\x04Mark\x12\x16\n" +
+	"\x06number\x18\x01 \x01(\x04R\x06number\x12\x17\n" +
+	"\atime_us\x18\x02 \x01(\x04R\x06timeUsB Z\x1egithub.com/coreos/torus/modelsb\x06proto3"
 
 var (
 	file_models_torus_proto_rawDescOnce sync.Once
@@ -1259,7 +1688,7 @@ func file_models_torus_proto_rawDescGZIP() []byte {
 	return file_models_torus_proto_rawDescData
 }
 
-var file_models_torus_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_models_torus_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_models_torus_proto_goTypes = []any{
 	(*Global)(nil),       // 0: models.Global
 	(*Peer)(nil),         // 1: models.Peer
@@ -1268,34 +1697,47 @@ var file_models_torus_proto_goTypes = []any{
 	(*Volume)(nil),       // 4: models.Volume
 	(*Holder)(nil),       // 5: models.Holder
 	(*VolumeState)(nil),  // 6: models.VolumeState
-	(*Head)(nil),         // 7: models.Head
-	(*Extent)(nil),       // 8: models.Extent
-	(*PlacementSet)(nil), // 9: models.PlacementSet
-	(*Window)(nil),       // 10: models.Window
-	(*Span)(nil),         // 11: models.Span
-	(*INode)(nil),        // 12: models.INode
-	nil,                  // 13: models.Peer.LabelsEntry
-	nil,                  // 14: models.RingMember.LabelsEntry
-	nil,                  // 15: models.Span.OverridesEntry
+	(*Moment)(nil),       // 7: models.Moment
+	(*Pin)(nil),          // 8: models.Pin
+	(*Ask)(nil),          // 9: models.Ask
+	(*Origin)(nil),       // 10: models.Origin
+	(*Head)(nil),         // 11: models.Head
+	(*Extent)(nil),       // 12: models.Extent
+	(*PlacementSet)(nil), // 13: models.PlacementSet
+	(*Window)(nil),       // 14: models.Window
+	(*Span)(nil),         // 15: models.Span
+	(*INode)(nil),        // 16: models.INode
+	(*Mark)(nil),         // 17: models.Mark
+	nil,                  // 18: models.Peer.LabelsEntry
+	nil,                  // 19: models.RingMember.LabelsEntry
+	nil,                  // 20: models.Span.OverridesEntry
 }
 var file_models_torus_proto_depIdxs = []int32{
-	13, // 0: models.Peer.labels:type_name -> models.Peer.LabelsEntry
-	14, // 1: models.RingMember.labels:type_name -> models.RingMember.LabelsEntry
+	18, // 0: models.Peer.labels:type_name -> models.Peer.LabelsEntry
+	19, // 1: models.RingMember.labels:type_name -> models.RingMember.LabelsEntry
 	2,  // 2: models.Ring.members:type_name -> models.RingMember
-	7,  // 3: models.VolumeState.head:type_name -> models.Head
-	10, // 4: models.VolumeState.open:type_name -> models.Window
-	8,  // 5: models.Head.inode:type_name -> models.Extent
-	9,  // 6: models.Extent.set:type_name -> models.PlacementSet
-	11, // 7: models.Window.spans:type_name -> models.Span
-	15, // 8: models.Span.overrides:type_name -> models.Span.OverridesEntry
-	8,  // 9: models.INode.table:type_name -> models.Extent
-	9,  // 10: models.INode.sets:type_name -> models.PlacementSet
-	9,  // 11: models.Span.OverridesEntry.value:type_name -> models.PlacementSet
-	12, // [12:12] is the sub-list for method output_type
-	12, // [12:12] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	10, // 3: models.Volume.origin:type_name -> models.Origin
+	11, // 4: models.VolumeState.head:type_name -> models.Head
+	14, // 5: models.VolumeState.open:type_name -> models.Window
+	8,  // 6: models.VolumeState.pins:type_name -> models.Pin
+	9,  // 7: models.VolumeState.asks:type_name -> models.Ask
+	11, // 8: models.Moment.base:type_name -> models.Head
+	7,  // 9: models.Pin.at:type_name -> models.Moment
+	7,  // 10: models.Origin.at:type_name -> models.Moment
+	12, // 11: models.Head.inode:type_name -> models.Extent
+	13, // 12: models.Extent.set:type_name -> models.PlacementSet
+	15, // 13: models.Window.spans:type_name -> models.Span
+	20, // 14: models.Span.overrides:type_name -> models.Span.OverridesEntry
+	12, // 15: models.INode.table:type_name -> models.Extent
+	13, // 16: models.INode.sets:type_name -> models.PlacementSet
+	11, // 17: models.INode.history:type_name -> models.Head
+	17, // 18: models.INode.marks:type_name -> models.Mark
+	13, // 19: models.Span.OverridesEntry.value:type_name -> models.PlacementSet
+	20, // [20:20] is the sub-list for method output_type
+	20, // [20:20] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_models_torus_proto_init() }
@@ -1309,7 +1751,7 @@ func file_models_torus_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_models_torus_proto_rawDesc), len(file_models_torus_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   16,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

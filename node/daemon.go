@@ -86,8 +86,8 @@ func runDaemon(ctx context.Context, cfg DaemonConfig, stops *stack) error {
 	stops.push(peer.Close)
 	if cfg.NBD != "" {
 		volumes, err := StartVolumes(ctx, VolumesConfig{
-			MDS: mds, Global: global, Listen: cfg.NBD, Flag: "--nbd", What: "torusd " + peer.ID().String(), Sole: true, CacheSize: cfg.CacheSize, Log: log,
-			Registerer: registry,
+			ClientConfig: ClientConfig{MDS: mds, Global: global, What: "torusd " + peer.ID().String(), Sole: true, CacheSize: cfg.CacheSize, Log: log, Registerer: registry},
+			Listen:       cfg.NBD, Flag: "--nbd",
 		})
 		if err != nil {
 			return err

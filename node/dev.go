@@ -129,7 +129,8 @@ func StartDev(ctx context.Context, cfg DevConfig) (_ *Dev, err error) {
 		return nil, err
 	}
 	d.volumes, err = StartVolumes(ctx, VolumesConfig{
-		MDS: mds, Global: global, Listen: cfg.NBD, Flag: "--nbd", What: "torusd dev", Sole: true, CacheSize: cfg.CacheSize, Log: cfg.Log, Registerer: registry,
+		ClientConfig: ClientConfig{MDS: mds, Global: global, What: "torusd dev", Sole: true, CacheSize: cfg.CacheSize, Log: cfg.Log, Registerer: registry},
+		Listen:       cfg.NBD, Flag: "--nbd",
 	})
 	if err != nil {
 		return nil, err

@@ -62,8 +62,8 @@ func runFrontend(ctx context.Context, cfg FrontendConfig, stops *stack, use func
 		return err
 	}
 	volumes, err := StartVolumes(ctx, VolumesConfig{
-		MDS: mds, Global: global, Listen: cfg.NBD, Flag: "--listen", Only: cfg.Volumes, What: cfg.What, Force: cfg.Force,
-		CacheSize: cfg.CacheSize, Log: log, Registerer: registry,
+		ClientConfig: ClientConfig{MDS: mds, Global: global, Only: cfg.Volumes, What: cfg.What, Force: cfg.Force, CacheSize: cfg.CacheSize, Log: log, Registerer: registry},
+		Listen:       cfg.NBD, Flag: "--listen",
 	})
 	if err != nil {
 		return err

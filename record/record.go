@@ -35,7 +35,8 @@ const (
 	offUsed      = 60
 	offExtents   = 62
 	offPages     = 64
-	fixedSize    = 72
+	offTime      = 72
+	fixedSize    = 80
 	extentSize   = 16
 	scanHeadSize = 8
 )
@@ -43,16 +44,17 @@ const (
 // Kind says what an extent does to its pages.
 type Kind uint8
 
-// The kinds of extents. Moved (a page copied by compaction) is reserved: 4.
+// The kinds of extents.
 const (
-	Data Kind = 1 // the next Count data pages of the record are the new contents
-	Zero Kind = 2 // reads as zeroes, counts as allocated; no data
-	Trim Kind = 3 // reads as zeroes, a hole; no data
-	Node Kind = 5 // TypeINode only: metadata pages, found by their place; Page is the class of the node
+	Data  Kind = 1 // the next Count data pages of the record are the new contents
+	Zero  Kind = 2 // reads as zeroes, counts as allocated; no data
+	Trim  Kind = 3 // reads as zeroes, a hole; no data
+	Moved Kind = 4 // TypeMoved only: the next Count data pages are contents that lay elsewhere before; never replayed
+	Node  Kind = 5 // TypeINode only: metadata pages, found by their place; Page is the class of the node
 )
 
 // HasPages reports whether an extent of this kind brings data pages along.
-func (k Kind) HasPages() bool { return k == Data || k == Node }
+func (k Kind) HasPages() bool { return k == Data || k == Moved || k == Node }
 
 // Extent is a run of pages of the volume.
 type Extent struct {
@@ -65,10 +67,12 @@ type Extent struct {
 type Header struct {
 	Ref torus.BlockRef
 	// Seq is the record's place in the volume's history, from 1, without gaps. A record sent again
-	// after a replica failed keeps it. 0 in TypeINode blocks.
+	// after a replica failed keeps it. 0 outside the log: in blocks of other types than TypeBlock.
 	Seq uint64
 	// Flushed: every record up to this one was durable on its whole registered set when this one was made.
 	Flushed uint64
+	// Time is when the record was made by its writer's clock, in microseconds since 1970; along the log it never decreases.
+	Time uint64
 	// Offset is where the record begins in its block, in bytes.
 	Offset  uint32
 	Extents []Extent
@@ -106,6 +110,7 @@ func (h *Header) Encode(page []byte) {
 	le.PutUint16(page[offExtents:], uint16(len(h.Extents)))
 	le.PutUint32(page[offPages:], uint32(len(h.CRCs)))
 	le.PutUint32(page[offPages+4:], 0)
+	le.PutUint64(page[offTime:], h.Time)
 	b := page[fixedSize:]
 	for _, x := range h.Extents {
 		le.PutUint64(b, x.Page)
@@ -146,6 +151,7 @@ func (h *Header) Decode(b []byte) error {
 	h.Seq = le.Uint64(b[offSeq:])
 	h.Flushed = le.Uint64(b[offFlushed:])
 	h.Offset = le.Uint32(b[offOffset:])
+	h.Time = le.Uint64(b[offTime:])
 	h.Extents, h.CRCs = h.Extents[:0], h.CRCs[:0]
 	pages := uint64(0)
 	e := b[fixedSize:]

@@ -61,7 +61,7 @@ func (x *committed) load() (*committed, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%w (block table page %d)", err, i)
 		}
-		for ; len(b) >= 32; b = b[32:] {
+		for ; len(b) >= 48; b = b[48:] {
 			le := binary.LittleEndian
 			e := listed{used: le.Uint16(b[30:]) == 1}
 			if e.used {

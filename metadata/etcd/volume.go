@@ -123,6 +123,58 @@ func (c *Client) Volumes(ctx context.Context) ([]*models.Volume, error) {
 	return list, err
 }
 
+func (c *Client) UpdateVolume(ctx context.Context, name string, change func(*models.Volume) error) error {
+	key := c.keys.volume(name)
+	var lost *models.Volume // what may have been made of it when an answer was lost
+	return c.write(ctx, "UpdateVolume", "volume "+name, func(ctx context.Context, again bool) error {
+		resp, err := c.get(ctx, key)
+		if err != nil {
+			return err
+		}
+		if len(resp.Kvs) == 0 {
+			if again && lost != nil {
+				if now, err := c.get(ctx, c.keys.volume(lost.Name)); err == nil && len(now.Kvs) == 1 {
+					var v models.Volume
+					if decode(now.Kvs[0], &v) == nil && v.Id == lost.Id {
+						return nil
+					}
+				}
+			}
+			return torus.ErrNotExist
+		}
+		from := &models.Volume{}
+		if err := decode(resp.Kvs[0], from); err != nil {
+			return err
+		}
+		to := proto.CloneOf(from)
+		if err := change(to); err != nil {
+			return err
+		}
+		if err := metadata.CheckUpdate(from, to); err != nil {
+			return err
+		}
+		stored, err := proto.Marshal(to)
+		if err != nil {
+			return fmt.Errorf("%v: %w", err, torus.ErrInvalid)
+		}
+		lost = to
+		cmps := []clientv3.Cmp{unchanged(key, resp.Kvs[0])}
+		ops := []clientv3.Op{clientv3.OpPut(c.keys.volume(to.Name), string(stored))}
+		if to.Name != name {
+			cmps = append(cmps, absent(c.keys.volume(to.Name)))
+			ops = append(ops, clientv3.OpDelete(key), clientv3.OpPut(c.keys.volumeID(torus.VolumeID(to.Id)), to.Name+" "))
+		}
+		done, err := c.txn(ctx, cmps, ops, []clientv3.Op{clientv3.OpGet(c.keys.volume(to.Name))})
+		switch {
+		case err != nil || done.Succeeded:
+			return err
+		case to.Name != name && found(done, 0) != nil:
+			return fmt.Errorf("volume %s: %w", to.Name, torus.ErrExists)
+		}
+		return errRaced
+	})
+}
+
 func (c *Client) DeleteVolume(ctx context.Context, name string) error {
 	key := c.keys.volume(name)
 	return c.write(ctx, "DeleteVolume", "volume "+name, func(ctx context.Context, again bool) error {
@@ -262,13 +314,32 @@ func (c *Client) Commit(ctx context.Context, id torus.VolumeID, from torus.Volum
 	if err != nil {
 		return torus.VolumeState{}, c.fail("Commit", volumeName(id), err, "")
 	}
+	return c.replace(ctx, "Commit", id, from, next, func(now torus.VolumeState) metadata.Fate { return metadata.Settle(from, next, now) })
+}
+
+// Amend is one round trip. If its answer is lost, and the state is not what it was meant to be, it counts as not made.
+func (c *Client) Amend(ctx context.Context, id torus.VolumeID, from torus.VolumeState, to *models.VolumeState) (torus.VolumeState, error) {
+	next, err := metadata.AmendedState(from, to)
+	if err != nil {
+		return torus.VolumeState{}, c.fail("Amend", volumeName(id), err, "")
+	}
+	return c.replace(ctx, "Amend", id, from, next, func(now torus.VolumeState) metadata.Fate {
+		if proto.Equal(now.VolumeState, next) {
+			return metadata.Made
+		}
+		return metadata.Void
+	})
+}
+
+// replace makes next the state if nothing has changed since from was read; fate tells, when an answer was lost, what became of that.
+func (c *Client) replace(ctx context.Context, op string, id torus.VolumeID, from torus.VolumeState, next *models.VolumeState, fate func(torus.VolumeState) metadata.Fate) (torus.VolumeState, error) {
 	stored, err := proto.Marshal(next)
 	if err != nil {
-		return torus.VolumeState{}, c.fail("Commit", volumeName(id), fmt.Errorf("%v: %w", err, torus.ErrInvalid), "")
+		return torus.VolumeState{}, c.fail(op, volumeName(id), fmt.Errorf("%v: %w", err, torus.ErrInvalid), "")
 	}
 	key := c.keys.state(id)
 	var made torus.VolumeState
-	err = c.write(ctx, "Commit", volumeName(id), func(ctx context.Context, again bool) error {
+	err = c.write(ctx, op, volumeName(id), func(ctx context.Context, again bool) error {
 		resp, err := c.txn(ctx,
 			[]clientv3.Cmp{clientv3.Compare(clientv3.ModRevision(key), "=", from.Revision), present(key)},
 			[]clientv3.Op{clientv3.OpPut(key, string(stored))},
@@ -292,7 +363,7 @@ func (c *Client) Commit(ctx context.Context, id torus.VolumeID, from torus.Volum
 		if !again {
 			return failed
 		}
-		switch metadata.Settle(from, next, now) {
+		switch fate(now) {
 		case metadata.Made:
 			if now.Epoch == from.GetEpoch() {
 				made = now

@@ -58,6 +58,8 @@ func Run(t *testing.T, open func(t *testing.T) *Service) {
 		{"AttachAfterLeaseEnds", testAttachAfterLeaseEnds},
 		{"Commit", testCommit},
 		{"CommitRace", testCommitRace},
+		{"Amend", testAmend},
+		{"UpdateVolume", testUpdateVolume},
 		{"LateCommits", testLateCommits},
 		{"Relock", testRelock},
 		{"Unlock", testUnlock},
@@ -762,6 +764,80 @@ func testCommit(t *testing.T, e *env) {
 	if read.Revision != s2.Revision {
 		t.Fatal("a refused commit has changed the state")
 	}
+}
+
+// An amendment changes what is not the writer's; both notice the other by the revision, and the writer's transactions keep their numbers.
+func testAmend(t *testing.T, e *env) {
+	id := e.volume("v")
+	s0, err := e.m.Attach(e.ctx, id, e.lease(), holder("a"), false)
+	e.ok(err)
+	s1, err := e.m.Commit(e.ctx, id, s0, state(1, 1))
+	e.ok(err)
+	with := func(s torus.VolumeState, ask string) *models.VolumeState {
+		to := proto.CloneOf(s.VolumeState)
+		to.Asks = append(to.Asks, &models.Ask{Snapshot: ask})
+		return to
+	}
+	s2, err := e.m.Amend(e.ctx, id, s1, with(s1, "x"))
+	e.ok(err)
+	if s2.Txn != s1.Txn || s2.Revision <= s1.Revision || len(s2.Asks) != 1 {
+		t.Fatalf("amended from %v to %v", s1, s2)
+	}
+	_, err = e.m.Amend(e.ctx, id, s1, with(s1, "y"))
+	e.is(err, torus.ErrCompareFailed)
+	_, err = e.m.Commit(e.ctx, id, s1, state(1, 2))
+	e.is(err, torus.ErrCompareFailed)
+	for name, change := range map[string]func(*models.VolumeState){
+		"epoch":  func(s *models.VolumeState) { s.Epoch++ },
+		"txn":    func(s *models.VolumeState) { s.Txn++ },
+		"head":   func(s *models.VolumeState) { s.Head = &models.Head{Number: 9} },
+		"window": func(s *models.VolumeState) { s.Open = nil },
+	} {
+		to := with(s2, "z")
+		change(to)
+		if _, err := e.m.Amend(e.ctx, id, s2, to); !errors.Is(err, torus.ErrInvalid) {
+			t.Fatalf("amendment of the %s: %v", name, err)
+		}
+	}
+	read, err := e.connect().VolumeState(e.ctx, id)
+	e.ok(err)
+	e.same(read.VolumeState, s2.VolumeState)
+	s3, err := e.m.Commit(e.ctx, id, s2, s2.VolumeState)
+	e.ok(err)
+	if s3.Txn != s1.Txn+1 || len(s3.Asks) != 1 {
+		t.Fatalf("committed %v", s3)
+	}
+}
+
+func testUpdateVolume(t *testing.T, e *env) {
+	id := e.volume("v")
+	e.volume("w")
+	e.ok(e.m.UpdateVolume(e.ctx, "v", func(v *models.Volume) error { v.SizeBytes = 1 << 30; return nil }))
+	v, err := e.m.Volume(e.ctx, "v")
+	e.ok(err)
+	if v.SizeBytes != 1<<30 || v.Id != uint64(id) {
+		t.Fatal(v)
+	}
+	rename := func(to string) func(*models.Volume) error {
+		return func(v *models.Volume) error { v.Name = to; return nil }
+	}
+	e.is(e.m.UpdateVolume(e.ctx, "nobody", rename("x")), torus.ErrNotExist)
+	e.is(e.m.UpdateVolume(e.ctx, "v", rename("w")), torus.ErrExists)
+	e.is(e.m.UpdateVolume(e.ctx, "v", rename("a b")), torus.ErrInvalid)
+	e.is(e.m.UpdateVolume(e.ctx, "v", func(v *models.Volume) error { v.Id++; return nil }), torus.ErrInvalid)
+	e.is(e.m.UpdateVolume(e.ctx, "v", func(*models.Volume) error { return torus.ErrLocked }), torus.ErrLocked)
+	e.ok(e.m.UpdateVolume(e.ctx, "v", rename(".v")))
+	_, err = e.m.Volume(e.ctx, "v")
+	e.is(err, torus.ErrNotExist)
+	if v, err = e.m.Volume(e.ctx, ".v"); err != nil || v.Id != uint64(id) || v.SizeBytes != 1<<30 {
+		t.Fatal(v, err)
+	}
+	_, err = e.m.VolumeState(e.ctx, id)
+	e.ok(err)
+	e.volume("v") // the name is free
+	e.ok(e.m.DeleteVolume(e.ctx, ".v"))
+	_, err = e.m.VolumeState(e.ctx, id)
+	e.is(err, torus.ErrNotExist)
 }
 
 // L1: of many commits from the same state exactly one is made.

@@ -333,6 +333,30 @@ func (c *Client) Volumes(ctx context.Context) ([]*models.Volume, error) {
 	return list, nil
 }
 
+func (c *Client) UpdateVolume(ctx context.Context, name string, change func(*models.Volume) error) error {
+	return c.call(ctx, "UpdateVolume", func() error {
+		v := c.s.volumes[name]
+		if v == nil {
+			return &torus.Error{Op: "UpdateVolume", Obj: "volume " + name, Err: torus.ErrNotExist}
+		}
+		to := proto.CloneOf(v.Volume)
+		if err := change(to); err != nil {
+			return err
+		}
+		if err := metadata.CheckUpdate(v.Volume, to); err != nil {
+			return err
+		}
+		if to.Name != name && c.s.volumes[to.Name] != nil {
+			return &torus.Error{Op: "UpdateVolume", Obj: "volume " + to.Name, Err: torus.ErrExists}
+		}
+		delete(c.s.volumes, name)
+		v.Volume = to
+		c.s.volumes[to.Name] = v
+		c.s.change()
+		return nil
+	})
+}
+
 func (c *Client) DeleteVolume(ctx context.Context, name string) error {
 	return c.call(ctx, "DeleteVolume", func() error {
 		v := c.s.volumes[name]
@@ -413,10 +437,23 @@ func (c *Client) Commit(ctx context.Context, id torus.VolumeID, from torus.Volum
 	if err != nil {
 		return torus.VolumeState{}, err
 	}
+	return c.replace(ctx, "Commit", id, from, next)
+}
+
+func (c *Client) Amend(ctx context.Context, id torus.VolumeID, from torus.VolumeState, to *models.VolumeState) (torus.VolumeState, error) {
+	next, err := metadata.AmendedState(from, to)
+	if err != nil {
+		return torus.VolumeState{}, err
+	}
+	return c.replace(ctx, "Amend", id, from, next)
+}
+
+// replace makes next the state if nothing has changed since from was read.
+func (c *Client) replace(ctx context.Context, method string, id torus.VolumeID, from torus.VolumeState, next *models.VolumeState) (torus.VolumeState, error) {
 	from.VolumeState = proto.CloneOf(from.VolumeState)
 	var state torus.VolumeState
-	if err := c.call(ctx, "Commit", func() error {
-		v, err := c.s.volumeByID("Commit", id)
+	if err := c.call(ctx, method, func() error {
+		v, err := c.s.volumeByID(method, id)
 		if err != nil {
 			return err
 		}

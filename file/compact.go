@@ -1,0 +1,362 @@
+package file
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/buf"
+	"github.com/coreos/torus/distributor"
+	"github.com/coreos/torus/loop"
+	"github.com/coreos/torus/record"
+)
+
+// Compaction copies what is still alive out of blocks that are mostly dead, so that these can be deleted: as ever, when an INode that does
+// not list them has been committed. What is moved is written beside the log, to blocks of type moved, and no replay ever sees it: a
+// page counts as moved when the map says so, and the map is changed only where it still points to the place the page was copied from.
+// A crash loses nothing but the work. Which blocks: the cost-benefit rule of Rosenblum and Ousterhout (The Design and
+// Implementation of a Log-Structured File System, 1992, section 3.5), which lets cold data wait less than hot data, since that will be dead by itself.
+
+const (
+	// compactPages is how many pages are moved at a time, about.
+	compactPages = 1024
+	// compactSlack is how many blocks' worth of dead data there may be however small the volume is.
+	compactSlack = 8
+	// compactBehind: so far below the target, compaction does not make way for anybody.
+	compactBehind = 0.04
+)
+
+// page on the move.
+type moving struct {
+	page uint64
+	from entry
+	crc  uint32
+	data []byte
+	to   entry
+}
+
+func (f *File) maybeCompact() {
+	if f.compacting || f.closing || f.closed || f.err != nil || f.cfg.Utilisation <= 0 && !f.flattening || f.full {
+		return
+	}
+	if slots, _ := f.victims(); len(slots) == 0 {
+		return
+	}
+	f.compacting = true
+	loop.Go(f.loop, func(t *loop.Task) {
+		err := f.compactAll(t)
+		f.compacting = false
+		if err != nil && f.err == nil {
+			f.log.Warn("compaction failed, trying again later", "err", err)
+		}
+	})
+}
+
+func (f *File) compactAll(t *loop.Task) error {
+	for {
+		slots, behind := f.victims()
+		if len(slots) == 0 {
+			return nil
+		}
+		for ; len(slots) > 0; slots = f.still(slots) {
+			began, log := f.loop.Now(), f.stats.LogBytes
+			n, pages := 0, 0
+			for n < len(slots) && (n == 0 || pages+int(f.table.e[slots[n]].live) <= compactPages) {
+				pages += int(f.table.e[slots[n]].live)
+				n++
+			}
+			if err := f.compact(t, slots[:n]); err != nil {
+				return err
+			}
+			slots = slots[n:]
+			for f.err == nil && !f.closing && f.m.dirtyLeaves > f.m.maxLeaves/2 {
+				f.maybeCheckpoint()
+				t.Sleep(5 * time.Millisecond)
+			}
+			if f.closing {
+				return nil
+			}
+			if f.err != nil {
+				return f.err
+			}
+			if !behind && f.stats.LogBytes != log {
+				t.Sleep(f.loop.Now() - began) // half of the time belongs to those who write
+			}
+		}
+	}
+}
+
+// still drops from a list of victims what has died in the meantime.
+func (f *File) still(slots []uint32) []uint32 {
+	return slices.DeleteFunc(slots, func(s uint32) bool { e := &f.table.e[s]; return !e.used || e.live == 0 || !isData(e.ref.Type) })
+}
+
+// victims returns what to compact, best first: as much as brings the data blocks to the target, and not more than some at once. What a
+// pin needs anyway is left alone.
+// To flatten a clone is to take what it has of its origin for victims.
+func (f *File) victims() (slots []uint32, behind bool) {
+	type candidate struct {
+		slot  uint32
+		score float64
+	}
+	var l []candidate
+	var live, length uint64
+	keep := newPins(f.state.VolumeState, 0)
+	lo := f.lowest()
+	for i := range f.table.e {
+		e := &f.table.e[i]
+		if e.used && e.live > 0 && isData(e.ref.Type) && e.ref.Volume != f.vol && !e.held && f.flattening && len(slots) < 16 {
+			slots = append(slots, uint32(i))
+		}
+		if !e.used || e.live == 0 || !isData(e.ref.Type) || e.ref.Volume != f.vol || e.held || f.moves.at(uint32(i)) ||
+			e.ref.Type == torus.TypeBlock && uint64(e.ref.INode) == f.epoch && uint64(e.ref.Index) >= lo {
+			continue
+		}
+		if keep.need(&tableEntry{ref: e.ref, birth: e.birth, death: f.number + 1}) {
+			continue
+		}
+		live += uint64(e.live)
+		length += uint64(e.length)
+		if u := float64(e.live) / float64(e.length); u < 0.95 {
+			l = append(l, candidate{uint32(i), (1 - u) * float64(f.number-min(f.number, e.birth)+1) / (1 + u)})
+		}
+	}
+	target := f.cfg.Utilisation
+	dead := int64(length) - int64(float64(live)/target)
+	if dead <= 0 || (length-live)*pageSize < compactSlack*uint64(f.cfg.BlockSize) {
+		return slots, false
+	}
+	slices.SortFunc(l, func(x, y candidate) int {
+		return cmp.Or(cmp.Compare(y.score, x.score), cmp.Compare(x.slot, y.slot))
+	})
+	for moved := uint32(0); f.cfg.Utilisation > 0 && len(l) > 0 && dead > 0 && moved < 8*compactPages; l = l[1:] {
+		e := &f.table.e[l[0].slot]
+		slots = append(slots, l[0].slot)
+		dead -= int64(e.length - e.live)
+		moved += e.live
+	}
+	return slots, float64(live)/float64(length) < target-compactBehind
+}
+
+// compact moves what is alive in some blocks.
+func (f *File) compact(t *loop.Task, slots []uint32) error {
+	for _, s := range slots { // nobody else gets their places in the table meanwhile
+		f.table.e[s].held = true
+		defer func() { f.table.e[s].held = false }()
+	}
+	var l []moving
+	for _, s := range slots {
+		got, err := f.alive(t, s)
+		if err != nil {
+			return err
+		}
+		l = append(l, got...)
+	}
+	if len(l) == 0 {
+		return nil
+	}
+	slices.SortFunc(l, func(x, y moving) int { return cmp.Compare(x.page, y.page) })
+	b := buf.Get(len(l) * pageSize)
+	defer b.Release()
+	for i := range l {
+		l[i].data = b.Bytes()[i*pageSize:][:pageSize]
+	}
+	if err := f.fetch(t, l); err != nil {
+		return err
+	}
+	return f.move(t, l)
+}
+
+// alive finds the pages of a block that the map points to.
+func (f *File) alive(t *loop.Task, slot uint32) (l []moving, err error) {
+	e := f.table.e[slot]
+	b := &oldBlock{ref: e.ref, length: e.length * pageSize}
+	t.Wait(func(wake func()) {
+		f.scanBlock(b, 0, f.dist.Candidates(e.ref, e.peers), func(e error) {
+			err = e
+			wake()
+		})
+	})
+	if err != nil {
+		return nil, fmt.Errorf("compact %v: %w", e.ref, err)
+	}
+	byLeaf := map[uint64][]moving{}
+	var order []uint64
+	for i := range b.recs {
+		h := &b.recs[i].hdr
+		if err := f.checkExtents(h); err != nil {
+			return nil, err
+		}
+		k := uint32(0)
+		for _, x := range h.Extents {
+			if !x.Kind.HasPages() {
+				continue
+			}
+			for p := x.Page; p < x.Page+uint64(x.Count); p++ {
+				leaf := p / leafPages
+				if byLeaf[leaf] == nil {
+					order = append(order, leaf)
+				}
+				byLeaf[leaf] = append(byLeaf[leaf], moving{page: p, from: dataEntry(slot, h.Offset/pageSize+1+k, h.CRCs[k]), crc: h.CRCs[k]})
+				k++
+			}
+		}
+	}
+	err = f.eachLeaf(t, order, func(leaf uint64) {
+		for _, m := range byLeaf[leaf] {
+			if now, ok := f.m.get(m.page); ok && now == m.from {
+				l = append(l, m)
+			}
+		}
+	})
+	return l, err
+}
+
+// eachLeaf calls fn for each leaf while it is in memory.
+func (f *File) eachLeaf(t *loop.Task, leaves []uint64, fn func(leaf uint64)) (failed error) {
+	const atOnce = 32
+	for len(leaves) > 0 && failed == nil {
+		part := leaves[:min(atOnce, len(leaves))]
+		leaves = leaves[len(part):]
+		t.All(len(part), func(i int, done func()) {
+			f.m.load(part[i]*leafPages, func(err error) {
+				if err == nil {
+					fn(part[i])
+				} else {
+					failed = err
+				}
+				done()
+			})
+		})
+	}
+	return failed
+}
+
+// fetch reads pages from wherever they are, adjacent ones together, and verifies each.
+func (f *File) fetch(t *loop.Task, l []moving) (failed error) {
+	at := make([]int, len(l)) // l by place
+	for i := range at {
+		at[i] = i
+	}
+	slices.SortFunc(at, func(x, y int) int { return cmp.Compare(l[x].from>>26, l[y].from>>26) })
+	var runs [][]int
+	for n := 0; n < len(at); {
+		k := n + 1
+		for k < len(at) && k-n < runPages && l[at[k]].from.follows(l[at[k-1]].from) {
+			k++
+		}
+		runs = append(runs, at[n:k])
+		n = k
+	}
+	const atOnce = 16
+	for len(runs) > 0 && failed == nil {
+		part := runs[:min(atOnce, len(runs))]
+		runs = runs[len(part):]
+		t.All(len(part), func(i int, done func()) {
+			run := part[i]
+			b := buf.Get(len(run) * pageSize)
+			data := b.Bytes()[:len(run)*pageSize]
+			f.readAt(l[run[0]].from, data, nil, f.errFn, func(rd *distributor.Read) bool {
+				for k, x := range run {
+					if record.Checksum(rd.Data[k*pageSize:][:pageSize]) != l[x].crc {
+						return false
+					}
+				}
+				return true
+			}, func(rd *distributor.Read) {
+				if rd.Err != nil {
+					failed = fmt.Errorf("compact %v: %w", rd.Ref, rd.Err)
+				}
+				for k, x := range run {
+					copy(l[x].data, data[k*pageSize:])
+				}
+				rd.Release()
+				b.Release()
+				done()
+			})
+		})
+	}
+	return failed
+}
+
+// move writes pages to where they are to be, durably, and has the map point there.
+func (f *File) move(t *loop.Task, l []moving) error {
+	w := &f.moves
+	var recs []*sideRec
+	var r *sideRec
+	finish := func() {
+		w.close(f, r)
+		r = nil
+	}
+	defer func() {
+		for _, r := range recs {
+			r.b.Release()
+			if e := &f.table.e[r.blk.slot]; e.ref == r.blk.ref {
+				e.held = false
+			}
+		}
+	}()
+	for i := range l {
+		m := &l[i]
+		if r != nil && (r.pages == r.maxPages || len(r.hdr.Extents) == record.MaxExtents) {
+			finish()
+		}
+		if r == nil {
+			var err error
+			if r, err = w.record(f, 1, true); err != nil {
+				w.blk = nil // what has been placed in it is not written
+				return err
+			}
+			recs = append(recs, r)
+			f.table.e[r.blk.slot].held = true
+		}
+		copy(r.b.Bytes()[record.HeaderSize+r.pages*pageSize:], m.data)
+		if k := len(r.hdr.Extents) - 1; k >= 0 && r.hdr.Extents[k].Page+uint64(r.hdr.Extents[k].Count) == m.page {
+			r.hdr.Extents[k].Count++
+		} else {
+			r.hdr.Extents = append(r.hdr.Extents, record.Extent{Page: m.page, Count: 1, Kind: record.Moved})
+		}
+		r.hdr.CRCs = append(r.hdr.CRCs, m.crc)
+		m.to = dataEntry(r.blk.slot, r.off/pageSize+1+uint32(r.pages), m.crc)
+		r.pages++
+	}
+	finish()
+	if err := f.writeSide(t, recs); err != nil {
+		w.blk = nil
+		return err
+	}
+	for _, r := range recs {
+		f.table.setLength(r.blk.slot, (r.off+uint32(len(r.mem())))/pageSize)
+		f.stats.MovedBytes += uint64(len(r.mem()))
+		f.sinceCkpt += uint64(len(r.mem()))
+	}
+	byLeaf := map[uint64][]*moving{}
+	var order []uint64
+	for i := range l {
+		leaf := l[i].page / leafPages
+		if byLeaf[leaf] == nil {
+			order = append(order, leaf)
+		}
+		byLeaf[leaf] = append(byLeaf[leaf], &l[i])
+	}
+	err := f.eachLeaf(t, order, func(leaf uint64) {
+		for _, m := range byLeaf[leaf] {
+			if now, ok := f.m.get(m.page); !ok || now != m.from {
+				continue // written since
+			}
+			node := f.m.writable(m.page)
+			f.m.touch(node)
+			node.e[m.page%fanout] = m.to
+			f.table.addLive(m.from.slot(), -1)
+			f.table.addLive(m.to.slot(), 1)
+		}
+	})
+	f.maybeCheckpoint()
+	if err != nil && !errors.Is(err, torus.ErrCorrupt) { // what a damaged leaf points to stays where it is
+		return err
+	}
+	return nil
+}
