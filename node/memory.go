@@ -13,7 +13,7 @@ const (
 	// again rather than collected, and have no pointers to follow: with the 100 that is usual, a process with 60 MiB of buffers would
 	// gather as much of garbage before anybody looks, and to look costs less than a millisecond.
 	gcPercent = 40
-	trimEvery = time.Second
+	trimEvery = 5 * time.Second
 	// trimAtLeast is for how many bytes of buffers given up it is worth while to collect garbage out of turn.
 	trimAtLeast = 4 << 20
 )

@@ -34,7 +34,7 @@ func TestKeepMemory(t *testing.T) {
 		time.Sleep(3 * trimEvery)
 		synctest.Wait()
 		if left := inUse() - before; left > burst/8 {
-			t.Errorf("%d bytes of 64 MiB are still there after 3 s in which nobody needed them", left)
+			t.Errorf("%d bytes of 64 MiB are still there after 15 s in which nobody needed them", left)
 		}
 		if err := stop(); err != nil {
 			t.Error(err)
