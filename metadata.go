@@ -34,6 +34,20 @@ type VolumeState struct {
 	Revision int64
 }
 
+// VolumeStates is a page of the states of all volumes, as they were at one moment.
+type VolumeStates struct {
+	ClusterID string        // of the cluster whose volumes these are
+	LastID    VolumeID      // the highest id that has been handed out, whether or not there is such a volume still
+	List      []ListedState // ascending by id
+	More      bool          // there are volumes beyond the last of List
+}
+
+// ListedState is the state of one of them.
+type ListedState struct {
+	ID VolumeID
+	VolumeState
+}
+
 // MetadataService is the MDS: a small, consistent store. It is never on the path of a read, write or
 // flush. All methods may be called from any goroutine and block until ctx ends; when the service cannot
 // be reached they return an error wrapping ErrMetadataUnavailable, and whether the change was
@@ -69,7 +83,7 @@ type MetadataService interface {
 	// WatchRing is to Ring what WatchPeers is to Peers.
 	WatchRing(ctx context.Context, fn func(ring []byte)) error
 
-	// CreateVolume gives v a fresh id and records it, together with an empty VolumeState. ErrExists if the name is taken.
+	// CreateVolume gives v a fresh id, higher than all before, and records it, together with an empty VolumeState. ErrExists if the name is taken.
 	CreateVolume(ctx context.Context, v *models.Volume) error
 	// Volume returns a volume by its name; ErrNotExist.
 	Volume(ctx context.Context, name string) (*models.Volume, error)
@@ -83,6 +97,9 @@ type MetadataService interface {
 
 	// VolumeState reads the state of a volume; ErrNotExist.
 	VolumeState(ctx context.Context, id VolumeID) (VolumeState, error)
+	// VolumeStates reads the states of all volumes with ids above after, in their order, limit at most (limit must be positive). No
+	// volume is left out that existed when it was called and still does. It is one request.
+	VolumeStates(ctx context.Context, after VolumeID, limit int) (VolumeStates, error)
 	// Holder returns who has the volume attached; nil if nobody has.
 	Holder(ctx context.Context, id VolumeID) (*models.Holder, error)
 	// Attach is step 1 of an attach, in one transaction: epoch+1, and the holder recorded under lease.

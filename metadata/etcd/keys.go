@@ -2,6 +2,7 @@ package etcd
 
 import (
 	"fmt"
+	"strconv"
 	"strings"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -72,6 +73,21 @@ func (k keys) volumeMeta(id torus.VolumeID) (from, end string) {
 // state holds a models.VolumeState: epoch, head and open window, replaced together.
 func (k keys) state(id torus.VolumeID) string {
 	return fmt.Sprintf("%svolumemeta/%010x/state", k.prefix, uint64(id))
+}
+
+// statesAfter is the range of the keys of all volumes with higher ids: their states, and their locks.
+func (k keys) statesAfter(id torus.VolumeID) (from, end string) {
+	return k.state(id) + "\x00", clientv3.GetPrefixRangeEnd(k.prefix + "volumemeta/")
+}
+
+// stateOf tells whose state a key of that range is; false if it is not a state.
+func (k keys) stateOf(key string) (torus.VolumeID, bool) {
+	id, ok := strings.CutPrefix(key, k.prefix+"volumemeta/")
+	if id, ok = strings.CutSuffix(id, "/state"); !ok || len(id) != 10 {
+		return 0, false
+	}
+	n, err := strconv.ParseUint(id, 16, 64)
+	return torus.VolumeID(n), err == nil
 }
 
 // lock holds a models.Holder under the holder's lease.

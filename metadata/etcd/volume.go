@@ -257,6 +257,60 @@ func (c *Client) VolumeState(ctx context.Context, id torus.VolumeID) (torus.Volu
 	return s, err
 }
 
+func (c *Client) VolumeStates(ctx context.Context, after torus.VolumeID, limit int) (torus.VolumeStates, error) {
+	var page torus.VolumeStates
+	err := c.read(ctx, "VolumeStates", "", func(ctx context.Context) error {
+		from, end := c.keys.statesAfter(after)
+		// A lock comes right before the state of its volume: a page of so many keys has at least limit/2 states.
+		resp, err := c.txn(ctx, nil, []clientv3.Op{
+			clientv3.OpGet(c.keys.global()), clientv3.OpGet(c.keys.volumeMinter()),
+			clientv3.OpGet(from, clientv3.WithRange(end), clientv3.WithLimit(int64(limit)+1)),
+		}, nil)
+		if err != nil {
+			return err
+		}
+		page = torus.VolumeStates{}
+		stored := found(resp, 0)
+		if stored == nil {
+			return torus.ErrNoGlobalMetadata
+		}
+		var g models.Global
+		if err := decode(stored, &g); err != nil {
+			return err
+		}
+		page.ClusterID = g.ClusterId
+		if minter := found(resp, 1); minter != nil {
+			last, err := strconv.ParseUint(string(minter.Value), 10, 64)
+			if err != nil {
+				return fmt.Errorf("etcd key %s: %w: %v", minter.Key, torus.ErrCorrupt, err)
+			}
+			page.LastID = torus.VolumeID(last)
+		}
+		got := resp.Responses[2].GetResponseRange()
+		page.More = got.More
+		for _, kv := range got.Kvs {
+			id, ok := c.keys.stateOf(string(kv.Key))
+			if !ok {
+				continue
+			}
+			if len(page.List) == limit {
+				page.More = true
+				break
+			}
+			s, err := decodeState(kv)
+			if err != nil {
+				return err
+			}
+			page.List = append(page.List, torus.ListedState{ID: id, VolumeState: s})
+		}
+		return nil
+	})
+	if err != nil {
+		return torus.VolumeStates{}, err
+	}
+	return page, nil
+}
+
 func (c *Client) Holder(ctx context.Context, id torus.VolumeID) (*models.Holder, error) {
 	var h *models.Holder
 	err := c.read(ctx, "Holder", volumeName(id), func(ctx context.Context) (err error) {

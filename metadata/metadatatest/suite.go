@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sort"
 	"strings"
 	"sync"
@@ -51,6 +52,7 @@ func Run(t *testing.T, open func(t *testing.T) *Service) {
 		{"WatchRing", testWatchRing},
 		{"Volumes", testVolumes},
 		{"VolumeIDs", testVolumeIDs},
+		{"VolumeStates", testVolumeStates},
 		{"CreateRace", testCreateRace},
 		{"Attach", testAttach},
 		{"AttachRace", testAttachRace},
@@ -545,6 +547,64 @@ func testVolumeIDs(t *testing.T, e *env) {
 		e.ok(e.m.DeleteVolume(e.ctx, "b"))
 		e.ok(e.m.DeleteVolume(e.ctx, "a"))
 	}
+}
+
+// D3 rests on it: what a listing does not have, though its id has been handed out, does not exist.
+func testVolumeStates(t *testing.T, e *env) {
+	page, err := e.m.VolumeStates(e.ctx, 0, 10)
+	e.ok(err)
+	if page.ClusterID != gmd.ClusterID || page.LastID != 0 || len(page.List) != 0 || page.More {
+		t.Fatalf("without volumes: %+v", page)
+	}
+	var want []torus.VolumeID
+	for i := range 20 { // beyond one hexadecimal digit; names in another order than ids
+		want = append(want, e.volume(fmt.Sprintf("v%d", 90-i)))
+	}
+	last := e.volume("last")
+	e.ok(e.m.DeleteVolume(e.ctx, "last"))
+	e.ok(e.m.DeleteVolume(e.ctx, "v87"))
+	want = append(want[:3], want[4:]...)
+	e.ok(e.m.UpdateVolume(e.ctx, "v88", func(v *models.Volume) error { v.Name = ".deleted"; return nil })) // still there
+	for i, id := range want {
+		if i%3 != 1 { // locks lie between the states
+			_, err := e.m.Attach(e.ctx, id, e.lease(), holder("a"), false)
+			e.ok(err)
+		}
+	}
+	for _, limit := range []int{1, 2, 3, 7, len(want), 1000} {
+		var got []torus.VolumeID
+		for after, more := torus.VolumeID(0), true; more; {
+			page, err := e.connect().VolumeStates(e.ctx, after, limit)
+			e.ok(err)
+			if page.ClusterID != gmd.ClusterID || page.LastID != last {
+				t.Fatalf("limit %d after %x: cluster %s, last %x", limit, after, page.ClusterID, page.LastID)
+			}
+			if more = page.More; more && len(page.List) == 0 || len(page.List) > limit {
+				t.Fatalf("limit %d after %x: %d states, more %v", limit, after, len(page.List), more)
+			}
+			for _, x := range page.List {
+				one, err := e.m.VolumeState(e.ctx, x.ID)
+				e.ok(err)
+				e.same(x.VolumeState.VolumeState, one.VolumeState)
+				if x.Revision != one.Revision {
+					t.Fatalf("volume %x: revision %d, by itself %d", x.ID, x.Revision, one.Revision)
+				}
+				got = append(got, x.ID)
+				after = x.ID
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Fatalf("limit %d: %x, want %x", limit, got, want)
+		}
+	}
+	page, err = e.m.VolumeStates(e.ctx, last, 10)
+	e.ok(err)
+	if len(page.List) != 0 || page.More {
+		t.Fatalf("beyond the last: %+v", page)
+	}
+	e.ok(e.s.Wipe())
+	_, err = e.m.VolumeStates(e.ctx, 0, 10)
+	e.is(err, torus.ErrNoGlobalMetadata)
 }
 
 func testCreateRace(t *testing.T, e *env) {

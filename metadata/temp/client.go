@@ -388,6 +388,32 @@ func (c *Client) VolumeState(ctx context.Context, id torus.VolumeID) (torus.Volu
 	return state, nil
 }
 
+func (c *Client) VolumeStates(ctx context.Context, after torus.VolumeID, limit int) (torus.VolumeStates, error) {
+	var page torus.VolumeStates
+	if err := c.call(ctx, "VolumeStates", func() error {
+		s := c.s
+		if err := s.initialised(); err != nil {
+			return err
+		}
+		page = torus.VolumeStates{ClusterID: s.global.ClusterID, LastID: torus.VolumeID(s.lastVolume)}
+		var ids []torus.VolumeID
+		for id := range s.byID {
+			if id > after {
+				ids = append(ids, id)
+			}
+		}
+		slices.Sort(ids)
+		page.More = len(ids) > limit
+		for _, id := range ids[:min(len(ids), limit)] {
+			page.List = append(page.List, torus.ListedState{ID: id, VolumeState: s.byID[id].read()})
+		}
+		return nil
+	}); err != nil {
+		return torus.VolumeStates{}, err
+	}
+	return page, nil
+}
+
 func (c *Client) Holder(ctx context.Context, id torus.VolumeID) (*models.Holder, error) {
 	var h *models.Holder
 	if err := c.call(ctx, "Holder", func() error {
