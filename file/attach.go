@@ -715,7 +715,7 @@ func (f *File) scanBlock(b *oldBlock, off uint32, from torus.PeerList, done func
 				return
 			}
 			if err != nil || at == off {
-				f.log.Warn("scan", "block", b.ref.String(), "peer", from[0], "err", err)
+				f.log.Warn("scan", "block", b.ref.String(), "peer", from[0], "at", at, "of", b.length, "err", err)
 				f.scanBlock(b, at, from[1:], done)
 				return
 			}

@@ -124,6 +124,7 @@ func (f *File) checkpoint(t *loop.Task, change func(*models.VolumeState) error) 
 	f.history, f.marks = z.history, z.marks
 	f.deleteBlocks(z)
 	f.sealBlocks(z.lo)
+	f.maybeCompact()
 	return nil
 }
 

@@ -84,6 +84,15 @@ func StartClient(ctx context.Context, cfg ClientConfig) (_ *Client, err error) {
 		return nil, err
 	}
 	c.stops.push(c.release)
+	if cfg.Registerer != nil {
+		if err := cfg.Registerer.Register(volumeMetrics{c}); err != nil {
+			return nil, err
+		}
+		c.stops.push(func() error {
+			cfg.Registerer.Unregister(volumeMetrics{c})
+			return nil
+		})
+	}
 	return c, nil
 }
 

@@ -1,0 +1,88 @@
+package file_test
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/coreos/torus/device"
+	"github.com/coreos/torus/file"
+)
+
+// overwrite writes batches of 32 pages at places that draw chooses, one every so often, and looks at the volume now and then.
+func (c *client) overwrite(batches int, every time.Duration, draw func() uint64, look func()) {
+	c.r.t.Helper()
+	data := make([]byte, 4096)
+	busy := 0
+	for i := range batches {
+		c.l.Post(func() {
+			for range 32 {
+				busy++
+				q := &device.Request{Op: device.Write, Off: draw() * 4096, Data: data, Len: 4096}
+				q.Done = func(q *device.Request) {
+					if q.Err != nil {
+						c.r.t.Error(q.Err)
+					}
+					busy--
+				}
+				c.f.Submit(q)
+			}
+		})
+		c.r.v.RunFor(every)
+		if i%100 == 99 {
+			look()
+		}
+	}
+	if !c.r.v.Run(func() bool { return busy == 0 }, time.Minute) {
+		c.r.t.Fatalf("%d writes are never done", busy)
+	}
+}
+
+// What is stored stays near what is alive however often a volume is overwritten, and that costs no more than the rule by which victims are
+// chosen promises.
+func TestCompactionKeepsUp(t *testing.T) {
+	const (
+		size   = 48 << 20
+		pages  = size / 4096
+		rounds = 6
+	)
+	for _, hot := range []bool{false, true} {
+		t.Run(fmt.Sprintf("80-20=%v", hot), func(t *testing.T) {
+			r := newRig(t, 1, 4, 2, size)
+			c := r.attach(func(cfg *file.Config) {
+				r.tune()(cfg)
+				cfg.CheckpointBytes = 2 << 20
+				cfg.Utilisation = 0.7
+			})
+			next := uint64(0)
+			c.overwrite(pages/32, time.Millisecond, func() uint64 { next++; return next - 1 }, func() {})
+			if s := c.f.Stats(); s.LiveBytes != size {
+				r.v.RunFor(10 * time.Second)
+			}
+			before := c.f.Stats()
+			const slack = (8 + 32) * rigBlock // of compaction, and a window
+			c.overwrite(rounds*pages/32, 10*time.Millisecond, func() uint64 {
+				if hot && r.rng.IntN(5) > 0 {
+					return r.rng.Uint64N(pages / 5)
+				}
+				return r.rng.Uint64N(pages)
+			}, func() {
+				if s := c.f.Stats(); float64(s.StoredBytes) > 1.5*float64(s.LiveBytes)+slack {
+					t.Fatalf("%d bytes are stored for %d alive", s.StoredBytes, s.LiveBytes)
+				}
+			})
+			s := c.f.Stats()
+			amplified := float64(s.LogBytes+s.MovedBytes-before.LogBytes-before.MovedBytes) / (rounds * size)
+			t.Logf("%.2f bytes written for each, %.2f of them moved; stored %.2f times what is alive", amplified, float64(s.MovedBytes-before.MovedBytes)/(rounds*size), float64(s.StoredBytes)/float64(s.LiveBytes))
+			most := 2.0
+			if hot {
+				most = 1.9
+			}
+			if amplified > most {
+				t.Errorf("%.2f bytes are written for each, more than %.1f", amplified, most)
+			}
+			r.v.RunFor(2 * time.Second)
+			c.detach()
+		})
+	}
+}
