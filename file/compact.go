@@ -23,8 +23,6 @@ import (
 const (
 	// compactPages is how many pages are moved at a time, about.
 	compactPages = 1024
-	// compactSlack is how many blocks' worth of dead data there may be however small the volume is.
-	compactSlack = 8
 	// compactBehind: so far below the target, compaction does not make way for anybody.
 	compactBehind = 0.04
 )
@@ -126,7 +124,7 @@ func (f *File) victims() (slots []uint32, behind bool) {
 	}
 	target := f.cfg.Utilisation
 	dead := int64(length) - int64(float64(live)/target)
-	if dead <= 0 || (length-live)*pageSize < compactSlack*uint64(f.cfg.BlockSize) {
+	if dead <= 0 || (length-live)*pageSize < uint64(f.cfg.CompactSlack)*uint64(f.cfg.BlockSize) {
 		return slots, false
 	}
 	slices.SortFunc(l, func(x, y candidate) int {

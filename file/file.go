@@ -59,7 +59,9 @@ type Config struct {
 	MapBytes        int    // bound of the map's leaves in memory; default 32 MiB
 	CheckpointBytes uint64 // of log between checkpoints; default 256 MiB
 	// Utilisation is the part of what data blocks hold that compaction keeps alive: 0.75 unless set; negative: no compaction.
-	Utilisation     float64
+	Utilisation float64
+	// CompactSlack is how many blocks' worth of dead data there may be however small the volume is; default 8.
+	CompactSlack    int
 	CheckpointEvery time.Duration // at the latest, if anything was written; default 30 s
 	WindowAhead     time.Duration // how long the registered window should last at the present rate; default 60 s
 
@@ -77,6 +79,7 @@ func (c *Config) setDefaults() {
 	}
 	def(&c.RetainBytes, 32<<20)
 	def(&c.MapBytes, 64<<20)
+	def(&c.CompactSlack, 8)
 	if c.CheckpointBytes == 0 {
 		c.CheckpointBytes = 256 << 20
 	}
