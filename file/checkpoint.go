@@ -26,7 +26,7 @@ const (
 	classINode = 4
 )
 
-// fullCheckpoint is how often a checkpoint is made, if there is anything to commit, while the cluster is full.
+// fullCheckpoint is how often a checkpoint is made, if there is anything to commit, while the cluster is full, or somebody waits for a clone to be flat.
 const fullCheckpoint = time.Second
 
 func (f *File) maybeCheckpoint() {
@@ -35,8 +35,8 @@ func (f *File) maybeCheckpoint() {
 	}
 	now := f.loop.Now()
 	every := f.cfg.CheckpointEvery
-	if f.full {
-		every = min(every, fullCheckpoint) // what has been trimmed is given back by a checkpoint only
+	if f.full || f.flattening && !f.state.GetOwn() {
+		every = min(every, fullCheckpoint) // what has been trimmed is given back by a checkpoint only, and it says that nothing is shared any more
 	}
 	if f.sinceCkpt < f.cfg.CheckpointBytes && f.m.dirtyLeaves < f.m.maxLeaves/2 && !f.unlisted() &&
 		(f.sinceCkpt == 0 || now-f.lastCkpt < every) || f.pinning {
