@@ -35,7 +35,7 @@ type Config struct {
 	Holder *models.Holder
 	// Force takes volumes over from holders whose lease still lives.
 	Force bool
-	// Only limits the directory to these volumes; empty: all.
+	// Only limits the directory to these volumes, each with its snapshots, and to single snapshots (VOL@SNAP); empty: all.
 	Only []string
 	// RetainBytes and MapBytes bound the memory of each volume; 0: the defaults of package file.
 	RetainBytes, MapBytes int
@@ -175,34 +175,56 @@ func (d *Directory) call(work func(ctx context.Context), done func()) {
 }
 
 func (d *Directory) serves(name string) bool {
-	return len(d.cfg.Only) == 0 || slices.Contains(d.cfg.Only, name)
+	vol, _ := SplitName(name)
+	return len(d.cfg.Only) == 0 || slices.Contains(d.cfg.Only, name) || slices.Contains(d.cfg.Only, vol)
+}
+
+func notServed(name string) error {
+	return fmt.Errorf("volume %q is not served here: %w", name, device.ErrNotExist)
 }
 
 func info(v *models.Volume) device.Info {
 	return device.Info{Name: v.Name, Size: v.SizeBytes, Description: fmt.Sprintf("torus volume %s, id %d, %s", v.Name, v.Id, v.BlockSpec)}
 }
 
-// List names all volumes.
+func snapshotInfo(v *models.Volume, p *models.Pin) device.Info {
+	x := info(v)
+	x.Name, x.Size, x.ReadOnly = v.Name+"@"+p.Name, p.At.SizeBytes, true
+	return x
+}
+
+// List names all volumes, and of the snapshots those that are served singly.
 func (d *Directory) List(done func([]device.Info, error)) {
-	var vols []*models.Volume
+	var l []device.Info
 	var err error
-	d.call(func(ctx context.Context) { vols, err = d.cfg.MDS.Volumes(ctx) }, func() {
-		var l []device.Info
+	d.call(func(ctx context.Context) {
+		var vols []*models.Volume
+		if vols, err = d.cfg.MDS.Volumes(ctx); err != nil {
+			return
+		}
 		for _, v := range vols {
 			if d.serves(v.Name) && v.Type == VolumeType && !Deleted(v) {
 				l = append(l, info(v))
 			}
 		}
-		done(l, err)
-	})
+		for _, name := range d.cfg.Only {
+			vol, snap := SplitName(name)
+			if snap == "" {
+				continue
+			}
+			v, p, e := Snapshot(ctx, d.cfg.MDS, vol, snap)
+			switch {
+			case e == nil:
+				l = append(l, snapshotInfo(v, p))
+			case !errors.Is(e, torus.ErrNotExist): // it may have been deleted meanwhile
+				err = e
+			}
+		}
+	}, func() { done(l, err) })
 }
 
 // find looks a volume up; the error is device.ErrNotExist if there is none.
 func (d *Directory) find(name string, done func(*models.Volume, error)) {
-	if !d.serves(name) {
-		done(nil, fmt.Errorf("volume %q is not served here: %w", name, device.ErrNotExist))
-		return
-	}
 	var v *models.Volume
 	var err error
 	d.call(func(ctx context.Context) { v, err = d.cfg.MDS.Volume(ctx, name) }, func() {
@@ -220,8 +242,14 @@ func (d *Directory) find(name string, done func(*models.Volume, error)) {
 
 // Stat describes a volume without attaching it.
 func (d *Directory) Stat(name string, done func(device.Info, error)) {
+	if !d.serves(name) {
+		done(device.Info{}, notServed(name))
+		return
+	}
 	if o := d.open[name]; o != nil && o.vol != nil {
-		done(info(o.vol.info), nil)
+		x := info(o.vol.info)
+		x.Size = o.vol.Size() // it may have grown
+		done(x, nil)
 		return
 	}
 	if vol, snap := SplitName(name); snap != "" {
@@ -230,9 +258,7 @@ func (d *Directory) Stat(name string, done func(device.Info, error)) {
 				done(device.Info{}, err)
 				return
 			}
-			x := info(v)
-			x.Name, x.Size, x.ReadOnly = name, p.At.SizeBytes, true
-			done(x, nil)
+			done(snapshotInfo(v, p), nil)
 		})
 		return
 	}
@@ -245,8 +271,17 @@ func (d *Directory) Stat(name string, done func(device.Info, error)) {
 	})
 }
 
-// Open attaches a volume, or shares it if it is attached here.
+// Open attaches a volume, or shares it if it is attached here. VOL@SNAP opens a snapshot, to read.
 func (d *Directory) Open(name string, done func(device.Device, error)) {
+	if !d.serves(name) {
+		done(nil, notServed(name))
+		return
+	}
+	d.enter(name, done)
+}
+
+// enter is Open for what is served or not.
+func (d *Directory) enter(name string, done func(device.Device, error)) {
 	if d.stopping {
 		done(nil, device.ErrShutdown)
 		return
@@ -262,7 +297,7 @@ func (d *Directory) Open(name string, done func(device.Device, error)) {
 		d.open[name] = o
 		d.attach(name, o)
 	case o.closing:
-		o.ends = append(o.ends, func() { d.Open(name, done) })
+		o.ends = append(o.ends, func() { d.enter(name, done) })
 	case o.vol == nil:
 		o.waiters = append(o.waiters, done)
 	case o.vol.f.Err() != nil:

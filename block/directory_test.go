@@ -2,6 +2,7 @@ package block
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -263,4 +264,56 @@ func TestOpenAfterFence(t *testing.T) {
 	if x := <-k.open(); x.err != nil {
 		t.Fatal("after the last user: ", x.err)
 	}
+}
+
+// A directory that is limited to a snapshot serves that and nothing else, its volume neither, though it may have to recover it.
+func TestOnlySnapshot(t *testing.T) {
+	k := newCluster(t, true)
+	if _, err := CreateSnapshot(context.Background(), k.c, "v", "s"); err != nil {
+		t.Fatal(err)
+	}
+	k.dir.cfg.Only = []string{"v@s"}
+	listed := make(chan []device.Info, 1)
+	k.do(func() { k.dir.List(func(l []device.Info, err error) { listed <- l }) })
+	if l := <-listed; len(l) != 1 || l[0].Name != "v@s" || !l[0].ReadOnly || l[0].Size != 1<<20 {
+		t.Errorf("listed: %+v", l)
+	}
+	open := func(name string) opening {
+		ch := make(chan opening, 1)
+		k.do(func() { k.dir.Open(name, func(d device.Device, err error) { ch <- opening{d, err} }) })
+		return <-ch
+	}
+	for _, name := range []string{"v", "v@t", "w@s"} {
+		if o := open(name); !errors.Is(o.err, device.ErrNotExist) {
+			t.Errorf("%s: %v", name, o.err)
+		}
+		stat := make(chan error, 1)
+		k.do(func() { k.dir.Stat(name, func(_ device.Info, err error) { stat <- err }) })
+		if err := <-stat; !errors.Is(err, device.ErrNotExist) {
+			t.Errorf("stat %s: %v", name, err)
+		}
+	}
+	o := open("v@s")
+	if o.err != nil || !o.dev.ReadOnly() || o.dev.Size() != 1<<20 {
+		t.Fatal(o.err)
+	}
+	k.do(func() { k.dir.Close("v@s", o.dev) })
+}
+
+// Who asks for the size of a volume that has grown while it is attached is told the new one.
+func TestStatGrown(t *testing.T) {
+	k := newCluster(t, true)
+	o := <-k.open()
+	if o.err != nil {
+		t.Fatal(o.err)
+	}
+	if err := Grow(context.Background(), k.c, "v", 2<<20); err != nil {
+		t.Fatal(err)
+	}
+	stat := make(chan device.Info, 1)
+	k.do(func() { k.dir.Stat("v", func(i device.Info, _ error) { stat <- i }) })
+	if i := <-stat; i.Size != 2<<20 {
+		t.Errorf("%d bytes", i.Size)
+	}
+	k.do(func() { k.dir.Close("v", o.dev) })
 }

@@ -1,6 +1,7 @@
 package block
 
 import (
+	"context"
 	"fmt"
 	"time"
 
@@ -41,7 +42,7 @@ func (d *Directory) Locate(vol string, at time.Time, done func(*models.Volume, *
 
 // Recover attaches a volume and releases it again.
 func (d *Directory) Recover(vol string, done func(error)) {
-	d.Open(vol, func(dev device.Device, err error) {
+	d.enter(vol, func(dev device.Device, err error) {
 		if err != nil {
 			done(err)
 			return
@@ -72,20 +73,43 @@ func (d *Directory) takeBack(vol string, find func(*models.Volume, func(*models.
 					done(err)
 					return
 				}
-				d.mu.Lock()
-				lease := d.lease
-				d.mu.Unlock()
-				cfg := d.fileConfig(v)
-				cfg.Volume, cfg.To, cfg.Lease, cfg.Holder, cfg.Force = proto.CloneOf(v), at, lease, d.holder(0), d.cfg.Force
-				cfg.Replication = replication(v)
-				file.Open(cfg, func(f *file.File, err error) {
+				d.beAsLarge(v, at.SizeBytes, func(v *models.Volume, err error) {
 					if err != nil {
 						done(err)
 						return
 					}
-					f.Close(done)
+					d.mu.Lock()
+					lease := d.lease
+					d.mu.Unlock()
+					cfg := d.fileConfig(v)
+					cfg.To, cfg.Lease, cfg.Holder, cfg.Force = at, lease, d.holder(0), d.cfg.Force
+					cfg.Replication = replication(v)
+					file.Open(cfg, func(f *file.File, err error) {
+						if err != nil {
+							done(err)
+							return
+						}
+						f.Close(done)
+					})
 				})
 			})
 		})
 	})
+}
+
+// beAsLarge makes a volume that nobody has attached as large as it was then, if it has been made smaller since.
+func (d *Directory) beAsLarge(v *models.Volume, size uint64, done func(*models.Volume, error)) {
+	if v.SizeBytes >= size {
+		done(v, nil)
+		return
+	}
+	grown := v
+	var err error
+	d.call(func(ctx context.Context) {
+		err = d.cfg.MDS.UpdateVolume(ctx, v.Name, func(now *models.Volume) error {
+			now.SizeBytes = max(now.SizeBytes, size)
+			grown = proto.CloneOf(now)
+			return nil
+		})
+	}, func() { done(grown, err) })
 }

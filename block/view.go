@@ -85,12 +85,14 @@ func (d *Directory) openView(name string, done func(device.Device, error)) {
 				}
 				// The volume was not released in order since, and what the snapshot needs of its log has not been committed: an attach does that.
 				recovered = true
-				d.Open(vol, func(dev device.Device, err error) {
-					if err != nil {
+				d.enter(vol, func(dev device.Device, err error) {
+					switch {
+					case err == nil:
+						d.Close(vol, dev)
+					case !errors.Is(err, torus.ErrLocked): // else somebody else does it just now
 						finish(nil, err)
 						return
 					}
-					d.Close(vol, dev)
 					open()
 				})
 			})

@@ -60,12 +60,23 @@ func DetachKernel(_ context.Context, devicePath string) error {
 	return detachKernel(nl, devicePath)
 }
 
+// ResizeKernel tells the kernel that what a device is connected to has grown, or shrunk, to size bytes (Linux 5.8).
+func ResizeKernel(_ context.Context, devicePath string, size uint64) error {
+	nl, err := openNetlink()
+	if err != nil {
+		return err
+	}
+	defer nl.close()
+	return resizeKernel(nl, devicePath, size)
+}
+
 // Generic netlink family "nbd" (linux/nbd-netlink.h).
 const (
 	nlFamily         = "nbd"
 	nlVersion        = 1
 	nlConnect        = 1
 	nlDisconnect     = 2
+	nlReconfigure    = 3
 	nlAttrIndex      = 1
 	nlAttrSize       = 2
 	nlAttrBlockSize  = 3
@@ -163,6 +174,22 @@ func attachKernel(ctx context.Context, nl *netlink, devicePath string, dial func
 		return "", fmt.Errorf("attach export %q: the kernel does not say which device it chose; look for it in /sys/block", o.Export)
 	}
 	return devicePathPrefix + strconv.Itoa(int(binary.NativeEndian.Uint32(v))), nil
+}
+
+func resizeKernel(nl *netlink, devicePath string, size uint64) error {
+	index, err := deviceIndex(devicePath)
+	if err != nil {
+		return err
+	}
+	family, err := nl.family(nlFamily)
+	if err != nil {
+		return fmt.Errorf("resize %s: %w", devicePath, err)
+	}
+	attrs := appendAttrU64(appendAttrU32(nil, nlAttrIndex, uint32(index)), nlAttrSize, size)
+	if _, err := nl.ask(family, nlReconfigure, nlVersion, attrs); err != nil {
+		return fmt.Errorf("resize %s to %d bytes: %w", devicePath, size, explainErrno(err, devicePath))
+	}
+	return nil
 }
 
 func detachKernel(nl *netlink, devicePath string) error {

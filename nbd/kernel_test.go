@@ -224,6 +224,20 @@ func TestDetachKernel(t *testing.T) {
 	}
 }
 
+func TestResizeKernel(t *testing.T) {
+	var got []byte
+	nl := loaded(t, nil, 0, func(cmd uint8, attrs []byte) { got = append([]byte{cmd}, attrs...) })
+	if err := resizeKernel(nl, "/dev/nbd5", 3<<30); err != nil {
+		t.Fatal(err)
+	}
+	if want := append([]byte{3}, appendAttrU64(appendAttrU32(nil, nlAttrIndex, 5), nlAttrSize, 3<<30)...); !bytes.Equal(got, want) {
+		t.Errorf("sent %x, not %x", got, want)
+	}
+	if err := resizeKernel(loaded(t, nil, unix.EPERM, func(uint8, []byte) {}), "/dev/nbd5", 3<<30); err == nil || !strings.Contains(err.Error(), "/dev/nbd5 to 3221225472 bytes") {
+		t.Errorf("error %v", err)
+	}
+}
+
 // A server that says nothing does not hold the caller for longer than its context.
 func TestHandshakeOfSilentServer(t *testing.T) {
 	ln, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))

@@ -300,7 +300,8 @@ func (s *session) check(cmd command) errno {
 	if cmd.flags&^(r.flags|cmdFlagFUA) != 0 {
 		return eINVAL
 	}
-	if cmd.off > s.size || uint64(cmd.len) > s.size-cmd.off {
+	// A device may have grown since the client was told its size; nobody else can have told it of more.
+	if size := max(s.size, s.dev.Size()); cmd.off > size || uint64(cmd.len) > size-cmd.off {
 		return r.beyond
 	}
 	switch cmd.typ {

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/coreos/torus"
+	"github.com/coreos/torus/block"
+	"github.com/coreos/torus/device"
 	"github.com/coreos/torus/nbd"
 )
 
@@ -64,6 +66,11 @@ func (v *Volumes) Sessions() (n int) {
 	return n
 }
 
+// Stat describes a volume or a snapshot: its size is what it is now.
+func (v *Volumes) Stat(ctx context.Context, name string) (device.Info, error) {
+	return await(ctx, v.Client, func(done func(device.Info, error)) { v.dir.Stat(name, done) })
+}
+
 func (v *Volumes) disconnect() error {
 	done := make(chan struct{})
 	v.loop.Post(func() {
@@ -78,9 +85,19 @@ func (v *Volumes) disconnect() error {
 	return nil
 }
 
-// checkVolumes refuses names of volumes that do not exist.
+// checkVolumes refuses names of volumes, and of snapshots, that do not exist.
 func checkVolumes(ctx context.Context, mds torus.MetadataService, names []string) error {
 	for _, name := range names {
+		if vol, snap := block.SplitName(name); snap != "" {
+			if _, _, err := block.Snapshot(ctx, mds, vol, snap); err != nil {
+				var told *torus.Error
+				if !errors.As(err, &told) || told.Hint == "" {
+					err = &torus.Error{Op: "serve", Obj: "snapshot " + name, Err: err, Hint: "`torusctl volume list` shows the volumes there are, `torusctl block snapshot list " + vol + "` its snapshots"}
+				}
+				return err
+			}
+			continue
+		}
 		if _, err := mds.Volume(ctx, name); err != nil {
 			e := &torus.Error{Op: "serve", Obj: "volume " + name, Err: err}
 			if errors.Is(err, torus.ErrNotExist) {

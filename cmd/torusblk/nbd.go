@@ -78,6 +78,10 @@ func (b *blk) attach(cmd *cobra.Command, volume, device string, connections int)
 		if _, err := fmt.Fprintln(cmd.OutOrStdout(), path); err != nil {
 			return errors.Join(err, release(path))
 		}
+		size, err := sizeOf(ctx, v, volume)
+		if err != nil {
+			return errors.Join(err, release(path))
+		}
 		poll := time.NewTicker(pollEvery)
 		defer poll.Stop()
 		for {
@@ -88,9 +92,23 @@ func (b *blk) attach(cmd *cobra.Command, volume, device string, connections int)
 				if v.Sessions() == 0 { // somebody has detached it
 					return nil
 				}
+				now, err := sizeOf(ctx, v, volume)
+				if err != nil || now == size {
+					continue // the device goes on with the size that it has
+				}
+				if err := nbd.ResizeKernel(ctx, path, now); err != nil {
+					fmt.Fprintln(cmd.ErrOrStderr(), err)
+				}
+				size = now
 			}
 		}
 	})
+}
+
+// sizeOf is the size of the volume in bytes as it is served now.
+func sizeOf(ctx context.Context, v *node.Volumes, volume string) (uint64, error) {
+	i, err := v.Stat(ctx, volume)
+	return i.Size, err
 }
 
 // release writes back what the kernel holds of the device and disconnects it.
