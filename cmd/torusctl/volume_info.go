@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -44,6 +46,10 @@ func volumeDetails(d volumeJSON) cli.Table {
 	if d.Checkpoint != nil {
 		checkpoint = *d.Checkpoint
 	}
+	origin := ""
+	if d.Origin != nil {
+		origin = d.Origin.Volume + " of " + d.Origin.Time.Format(time.RFC3339)
+	}
 	return cli.Table{Rows: [][]any{
 		{"name", d.Name},
 		{"id", d.ID},
@@ -58,5 +64,9 @@ func volumeDetails(d volumeJSON) cli.Table {
 		{"epoch", d.Epoch},
 		{"checkpoint", checkpoint},
 		{"created", d.Created},
+		{"snapshots", strings.Join(d.Snapshots, ", ")},
+		{"clones", strings.Join(d.Clones, ", ")},
+		{"origin", origin},
+		{"past", formatRetention(time.Duration(d.RetainSeconds * float64(time.Second)))},
 	}}
 }
