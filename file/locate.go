@@ -3,6 +3,7 @@ package file
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/coreos/torus"
@@ -23,6 +24,9 @@ func Locate(cfg Config, at time.Time, done func(*models.Moment, error)) {
 	})
 }
 
+// locateSize is that of a reader of records only: more than any volume has.
+const locateSize = 1 << 45
+
 func locate(t *loop.Task, cfg Config, us uint64) (*models.Moment, error) {
 	var st torus.VolumeState
 	var err error
@@ -37,7 +41,7 @@ func locate(t *loop.Task, cfg Config, us uint64) (*models.Moment, error) {
 	if st.KeptFrom == 0 || st.Head == nil {
 		return nil, fmt.Errorf("the volume keeps nothing to go back to: %w", torus.ErrNotExist)
 	}
-	f := newReader(cfg, cfg.Volume.SizeBytes)
+	f := newReader(cfg, locateSize) // whatever size it had in between
 	// The newest INode that is not younger than that.
 	base := st.Head
 	for base.TimeUs > us {
@@ -61,7 +65,9 @@ func locate(t *loop.Task, cfg Config, us uint64) (*models.Moment, error) {
 	}
 	m := &models.Moment{Base: base, Seq: base.Seq, TimeUs: us, SizeBytes: base.SizeBytes}
 	if base.Number == st.Head.Number {
-		if st.Open != nil {
+		// A moment that was pinned later, and is covered, shows that no record of before is missing.
+		covered := slices.ContainsFunc(st.Pins, func(p *models.Pin) bool { return p.At.TimeUs > us && p.At.Seq <= base.Seq })
+		if st.Open != nil && !covered {
 			return nil, fmt.Errorf("%w: %w", torus.ErrAgain, errNotSettled)
 		}
 		return m, nil
@@ -76,6 +82,11 @@ func locate(t *loop.Task, cfg Config, us uint64) (*models.Moment, error) {
 	for _, r := range found {
 		if r.hdr.Time <= us && (r.hdr.Seq == m.Seq+1 || r.hdr.Seq == m.Seq) {
 			m.Seq = r.hdr.Seq
+			for _, x := range r.hdr.Extents {
+				if end := (x.Page + uint64(x.Count)) * pageSize; end >= m.SizeBytes+pageSize {
+					m.SizeBytes = max(end, st.Head.SizeBytes) // the volume had grown since the INode
+				}
+			}
 		}
 	}
 	return m, nil
