@@ -10,7 +10,7 @@ import (
 	"github.com/coreos/torus/models"
 )
 
-// Listed is a block that an INode lists: data or metadata, the block that holds the INode itself among them.
+// Listed is a block that a volume needs: data or metadata, the block that holds its newest INode among them.
 type Listed struct {
 	Ref torus.BlockRef
 	// Length is how many bytes of it are valid: each peer that is to hold the block must have them, durably, and
@@ -29,14 +29,31 @@ type InventoryConfig struct {
 	Until func() error
 }
 
-// Inventory reads the block table of the INode that a head names, and nothing else: no fence, no epoch, whoever may have the volume
-// attached. It needs about 150 bytes of memory a block. An error means that the inventory is unknown, not that it is empty
+// Inventory is what a volume has stored, as one state of it says: the blocks that its head lists, and which of them anything needs. Blocks
+// of the volume that it was cloned from are not among them: that volume lists them, for as long as this one needs any.
+type Inventory struct {
+	state *models.VolumeState
+	table *table
+	pins  pins
+	roots map[torus.BlockRef]bool // where the head's INode and the pages of its table are
+}
+
+// ReadInventory reads the block table of the INode that the head of a state names, and nothing else: no fence, no epoch, whoever may have
+// the volume attached. It needs about 150 bytes of memory a block. An error means that the inventory is unknown, not that it is empty
 // (D3): torus.ErrCorrupt if no replica has an intact copy, torus.ErrBlockUnavailable, or what Until said.
-func Inventory(t *loop.Task, cfg InventoryConfig, h *models.Head) (iter.Seq[Listed], error) {
+func ReadInventory(t *loop.Task, cfg InventoryConfig, s *models.VolumeState) (*Inventory, error) {
+	v := &Inventory{state: s, pins: newPins(s, s.KeptFrom), roots: map[torus.BlockRef]bool{}}
+	if s.Deleted {
+		v.pins.from = 0 // nobody will rewind it
+	}
 	f := &File{loop: t.Loop(), dist: cfg.Dist, vol: cfg.Volume, errFn: cfg.Until}
 	f.cfg.BlockSize = cfg.BlockSize
 	f.table.init()
-	err := f.loadInode(t, cfg.Volume, h)
+	v.table = &f.table
+	if s.Head == nil {
+		return v, nil
+	}
+	err := f.loadInode(t, cfg.Volume, s.Head)
 	for i := range f.table.e {
 		if e := &f.table.e[i]; err == nil && e.length > cfg.BlockSize/pageSize {
 			err = fmt.Errorf("%v of %d pages: %w", e.ref, e.length, torus.ErrCorrupt)
@@ -45,14 +62,59 @@ func Inventory(t *loop.Task, cfg InventoryConfig, h *models.Head) (iter.Seq[List
 	if err != nil {
 		return nil, fmt.Errorf("inventory of volume %x: %w", uint64(cfg.Volume), err)
 	}
+	for _, x := range append(f.table.pages, s.Head.Inode) {
+		v.roots[extentRef(cfg.Volume, x)] = true
+	}
+	for i := range f.table.e {
+		if e := &f.table.e[i]; e.used && e.ref.Volume != cfg.Volume {
+			f.table.remove(uint32(i))
+		}
+	}
+	return v, nil
+}
+
+// need reports whether anything needs a listed block.
+func (v *Inventory) need(e *tableEntry) bool {
+	x := *e
+	if x.death == 0 {
+		if !v.state.Deleted {
+			return true
+		}
+		// Of a deleted volume the head is nobody's but its clones', who find in its table what is theirs.
+		if x.death = v.state.Head.Number + 1; v.roots[x.ref] {
+			return true
+		}
+	}
+	return v.pins.need(&x)
+}
+
+// Needed yields the blocks that the head or a pin needs, or the rewinding of the volume.
+func (v *Inventory) Needed() iter.Seq[Listed] {
 	return func(yield func(Listed) bool) {
-		for i := range f.table.e {
-			e := &f.table.e[i]
-			if e.used && e.length > 0 && !yield(Listed{Ref: e.ref, Length: e.length * pageSize, Set: e.peers}) {
+		for i := range v.table.e {
+			e := &v.table.e[i]
+			if e.used && e.length > 0 && v.need(e) && !yield(Listed{Ref: e.ref, Length: e.length * pageSize, Set: e.peers}) {
 				return
 			}
 		}
-	}, nil
+	}
+}
+
+// Garbage reports whether it is proven that nothing needs a block of the volume, now or ever (D3): it lies in no open window, and the head
+// lists it as dead and no pin needs it, or does not list it and it is of an older epoch than the head.
+// What is of the head's epoch or a later one, and not listed, may belong to a checkpoint, a compaction or a recovery that is not
+// committed yet. What is garbage stays so, whatever becomes of the volume: an older writer commits nothing any more, a newer one lists
+// blocks of its own and of the window; and a dead block comes to life only for a moment that is kept, and what can be kept
+// from now on is the head or what was kept before.
+func (v *Inventory) Garbage(ref torus.BlockRef) bool {
+	h := v.state.Head
+	if h == nil || InWindow(v.state, ref) {
+		return false
+	}
+	if slot, ok := v.table.byRef[ref]; ok {
+		return !v.need(&v.table.e[slot])
+	}
+	return uint64(ref.INode) < h.Epoch
 }
 
 // InWindow reports whether a block lies in the open window of a volume: what it holds is the attached writer's business, or that

@@ -58,12 +58,12 @@ func TestIdleWriterLeavesBlock(t *testing.T) {
 	listed := false
 	c.l.Post(func() {
 		loop.Go(c.l, func(task *loop.Task) {
-			all, err := file.Inventory(task, file.InventoryConfig{Dist: c.d, Volume: ref.Volume, BlockSize: rigBlock}, s.Head)
+			all, err := file.ReadInventory(task, file.InventoryConfig{Dist: c.d, Volume: ref.Volume, BlockSize: rigBlock}, s.VolumeState)
 			if err != nil {
 				t.Error(err)
 				return
 			}
-			for b := range all {
+			for b := range all.Needed() {
 				listed = listed || b.Ref == ref && b.Length == 5*4096 && len(b.Set) == 2
 			}
 		})

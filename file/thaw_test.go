@@ -39,12 +39,12 @@ func TestFailedCheckpointIsNotListed(t *testing.T) {
 	c.l.Post(func() {
 		loop.Go(c.l, func(task *loop.Task) {
 			defer func() { over = true }()
-			list, err := file.Inventory(task, file.InventoryConfig{Dist: c.d, Volume: torus.VolumeID(r.vol.Id), BlockSize: rigBlock}, st.Head)
+			list, err := file.ReadInventory(task, file.InventoryConfig{Dist: c.d, Volume: torus.VolumeID(r.vol.Id), BlockSize: rigBlock}, st.VolumeState)
 			if err != nil {
 				t.Error(err)
 				return
 			}
-			for b := range list {
+			for b := range list.Needed() {
 				for _, p := range r.peers {
 					if have := p.blocks[b.Ref]; b.Set.Has(p.id) && (have == nil || len(have.data) < int(b.Length)) {
 						t.Errorf("F1: %v is listed with %d bytes, which a peer of its set does not have", b.Ref, b.Length)

@@ -82,12 +82,9 @@ func (k keys) statesAfter(id torus.VolumeID) (from, end string) {
 
 // stateOf tells whose state a key of that range is; false if it is not a state.
 func (k keys) stateOf(key string) (torus.VolumeID, bool) {
-	id, ok := strings.CutPrefix(key, k.prefix+"volumemeta/")
-	if id, ok = strings.CutSuffix(id, "/state"); !ok || len(id) != 10 {
-		return 0, false
-	}
+	id, ok := strings.CutSuffix(strings.TrimPrefix(key, k.prefix+"volumemeta/"), "/state")
 	n, err := strconv.ParseUint(id, 16, 64)
-	return torus.VolumeID(n), err == nil
+	return torus.VolumeID(n), ok && err == nil
 }
 
 // lock holds a models.Holder under the holder's lease.

@@ -8,9 +8,10 @@ import (
 
 // metrics of a Repairer. They are counted whether or not they are registered.
 type metrics struct {
-	short, corrupt, unknown    prometheus.Gauge
-	repaired, failures, copied prometheus.Counter
-	scrubbed, scrubs, found    prometheus.Counter
+	short, corrupt, unknown, garbage prometheus.Gauge
+	repaired, failures, copied       prometheus.Counter
+	swept, sweptBytes                prometheus.Counter
+	scrubbed, scrubs, found          prometheus.Counter
 }
 
 func newMetrics(reg prometheus.Registerer) (*metrics, error) {
@@ -26,15 +27,18 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		return c
 	}
 	m := &metrics{
-		short:    gauge("torus_repair_short_blocks", "Blocks this peer is to hold whole and does not."),
-		corrupt:  gauge("torus_repair_corrupt_blocks", "Blocks whose copy here is damaged."),
-		unknown:  gauge("torus_repair_unknown_volumes", "Volumes whose blocks could not be listed."),
-		repaired: counter("torus_repair_repaired_blocks_total", "Blocks made whole."),
-		failures: counter("torus_repair_failures_total", "Attempts to make a block whole that failed."),
-		copied:   counter("torus_repair_read_bytes_total", "Bytes read from copies to make others of."),
-		scrubbed: counter("torus_scrub_bytes_total", "Bytes read and verified."),
-		scrubs:   counter("torus_scrub_rounds_total", "Scrubs of all blocks that were finished."),
-		found:    counter("torus_scrub_damaged_blocks_total", "Blocks that a scrub found damaged."),
+		short:      gauge("torus_repair_short_blocks", "Blocks this peer is to hold whole and does not."),
+		corrupt:    gauge("torus_repair_corrupt_blocks", "Blocks whose copy here is damaged."),
+		unknown:    gauge("torus_repair_unknown_volumes", "Volumes whose blocks could not be listed."),
+		garbage:    gauge("torus_repair_garbage_blocks", "Blocks here that nothing needs and that wait to be deleted."),
+		repaired:   counter("torus_repair_repaired_blocks_total", "Blocks made whole."),
+		failures:   counter("torus_repair_failures_total", "Attempts to make a block whole, or to delete one, that failed."),
+		copied:     counter("torus_repair_read_bytes_total", "Bytes read from copies to make others of."),
+		swept:      counter("torus_repair_swept_blocks_total", "Blocks deleted as nothing needs them."),
+		sweptBytes: counter("torus_repair_swept_bytes_total", "What these held, in bytes."),
+		scrubbed:   counter("torus_scrub_bytes_total", "Bytes read and verified."),
+		scrubs:     counter("torus_scrub_rounds_total", "Scrubs of all blocks that were finished."),
+		found:      counter("torus_scrub_damaged_blocks_total", "Blocks that a scrub found damaged."),
 	}
 	if reg == nil {
 		return m, nil
@@ -50,4 +54,5 @@ func (m *metrics) set(s Stats) {
 	m.short.Set(float64(s.Short))
 	m.corrupt.Set(float64(s.Corrupt))
 	m.unknown.Set(float64(s.Unknown))
+	m.garbage.Set(float64(s.Garbage))
 }

@@ -7,11 +7,11 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"time"
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/file"
 	"github.com/coreos/torus/loop"
-	"github.com/coreos/torus/models"
 )
 
 // maxPlan bounds how many blocks a pass remembers to mend; the next pass finds those that are left.
@@ -20,19 +20,29 @@ const maxPlan = 1 << 16
 // listPage is how many of the peer's own tails are asked for at a time.
 const listPage = 4096
 
+// statesPage is how many volumes' states are read from the MDS in one request.
+const statesPage = 1000
+
+// stale is how old a state may be when a volume is looked through by it; then it is read again. Nothing rests on its being fresh, but that
+// the INode it names may be gone.
+const stale = 5 * time.Second
+
 // volume is what the last pass knows of a volume.
 type volume struct {
 	seen           volumeKey
 	whole          bool // nothing was amiss: skipped as long as seen is the same
 	unknown        bool // its inventory could not be read
 	short, corrupt int
+	garbage        int // blocks here that are to be deleted
 }
 
-// volumeKey is what an inventory, and what is missing of it here, depends on.
+// volumeKey is what an inventory, and what is missing of it here or garbage, depends on.
 type volumeKey struct {
 	headEpoch, head      uint64
 	windowEpoch, window  uint64 // and where it begins
 	epoch, ring, members uint64
+	kept                 uint64 // a digest of what is kept
+	here                 uint64 // a digest of the blocks that this peer has
 }
 
 // item is a block to be mended, as a pass saw it.
@@ -52,40 +62,53 @@ type item struct {
 // errDeleted: there is no such volume any more. Other things that do not exist, such as a ring, are no proof of that.
 var errDeleted = errors.New("the volume was deleted")
 
+// findings are what a pass has found to do.
+type findings struct {
+	plan    []item
+	garbage []garbage
+}
+
 // pass looks through every volume. An error means that something could not be found out.
-func (r *Repairer) pass(t *loop.Task) ([]item, error) {
+func (r *Repairer) pass(t *loop.Task) (*findings, error) {
 	began := r.cfg.Dist.Ring().Version()
-	var list []*models.Volume
-	var err error
-	r.call(t, func(ctx context.Context) { list, err = r.cfg.MDS.Volumes(ctx) })
+	here, err := r.census(t) // before the volumes are listed: what has blocks and is not among them was deleted
 	if err != nil {
-		r.log.Warn("cannot list volumes, nothing is looked through", "err", err)
-		return nil, err
+		return nil, fmt.Errorf("list what is here: %w", err)
 	}
-	there := make(map[torus.VolumeID]bool, len(list))
-	var plan []item
+	there := map[torus.VolumeID]bool{}
+	found := &findings{}
 	var failed error
-	for _, v := range list {
-		if r.closing {
-			return nil, torus.ErrClosed
+	var page torus.VolumeStates
+	for after, more := torus.VolumeID(0), true; more; more = page.More {
+		if page, err = r.states(t, after); err != nil {
+			r.log.Warn("cannot list volumes, nothing more is looked through", "err", err)
+			return nil, err
 		}
-		id := torus.VolumeID(v.Id)
-		items, err := r.passVolume(t, id)
-		if err == errDeleted {
-			continue
-		}
-		there[id] = true
-		if err != nil {
-			failed = err
-			x := r.volume(id)
-			if !x.unknown {
-				r.log.Warn("cannot look through a volume, trying again", "volume", v.Name, "err", err)
+		read := r.cfg.Loop.Now()
+		for _, v := range page.List {
+			if r.closing {
+				return nil, torus.ErrClosed
 			}
-			x.whole, x.unknown = false, true
-			continue
-		}
-		if plan = append(plan, items...); len(plan) > 2*maxPlan {
-			plan = mostEndangered(plan)
+			after = v.ID
+			there[v.ID] = true
+			if r.cfg.Loop.Now() > read+stale {
+				v.VolumeState, err = r.state(t, v.ID)
+			}
+			if err == nil {
+				err = r.passVolume(t, v.ID, v.VolumeState, here[v.ID], found)
+			}
+			switch {
+			case err == errDeleted: // the next pass finds it gone
+				r.changed, err = true, nil
+				delete(r.volumes, v.ID)
+			case err != nil:
+				failed = err
+				x := r.volume(v.ID)
+				if !x.unknown {
+					r.log.Warn("cannot look through a volume, trying again", "volume", fmt.Sprintf("%x", uint64(v.ID)), "err", err)
+				}
+				x.whole, x.unknown, err = false, true, nil
+			}
 		}
 	}
 	for id := range r.volumes {
@@ -98,11 +121,36 @@ func (r *Repairer) pass(t *loop.Task) ([]item, error) {
 			delete(r.damaged, ref)
 		}
 	}
+	for id := range here {
+		if !there[id] && id <= page.LastID { // else its id is none of this MDS: who knows what happened
+			if err := r.orphans(t, id, found); err != nil {
+				failed = err
+			}
+		}
+	}
 	if failed == nil {
 		r.stats.Ring = began
 	}
 	r.m.set(r.Stats())
-	return mostEndangered(plan), nil
+	found.plan = mostEndangered(found.plan)
+	return found, nil
+}
+
+// states reads a page of the states of all volumes. It must be those of the cluster that there was at first: of what another MDS
+// does not know nothing follows.
+func (r *Repairer) states(t *loop.Task, after torus.VolumeID) (page torus.VolumeStates, err error) {
+	r.call(t, func(ctx context.Context) { page, err = r.cfg.MDS.VolumeStates(ctx, after, statesPage) })
+	switch {
+	case err != nil:
+		return page, err
+	case r.cluster == "":
+		r.cluster = page.ClusterID
+	case r.cluster != page.ClusterID:
+		return page, fmt.Errorf("the metadata service is that of cluster %s, not of %s any more: %w", page.ClusterID, r.cluster, torus.ErrInvalid)
+	case page.More && len(page.List) == 0:
+		return page, fmt.Errorf("an empty page of volumes: %w", torus.ErrCorrupt)
+	}
+	return page, nil
 }
 
 // mostEndangered sorts a plan: fewest copies first, metadata before data, and cuts it.
@@ -147,57 +195,52 @@ func (r *Repairer) state(t *loop.Task, id torus.VolumeID) (st torus.VolumeState,
 	return st, err
 }
 
-// passVolume looks through one volume and returns what is to be done.
-func (r *Repairer) passVolume(t *loop.Task, id torus.VolumeID) ([]item, error) {
-	st, err := r.state(t, id)
-	if err != nil {
-		return nil, err
-	}
+// passVolume looks through one volume, of which this peer has the blocks with the digest here, and adds what is to be done to found.
+func (r *Repairer) passVolume(t *loop.Task, id torus.VolumeID, st torus.VolumeState, here uint64, found *findings) error {
 	v := r.volume(id)
 	if st.Head == nil { // nothing is committed yet
 		*v = volume{whole: true}
-		return nil, nil
+		return nil
 	}
 	ring := r.cfg.Dist.Ring()
-	key := volumeKey{headEpoch: st.Head.Epoch, head: st.Head.Number, epoch: st.Epoch, ring: ring.Version(), members: uint64(len(ring.Members()))}
+	key := volumeKey{headEpoch: st.Head.Epoch, head: st.Head.Number, epoch: st.Epoch, ring: ring.Version(), members: uint64(len(ring.Members())), kept: keptDigest(st.VolumeState), here: here}
 	if st.Open != nil && len(st.Open.Spans) > 0 {
 		key.windowEpoch, key.window = st.Open.Epoch, st.Open.Spans[0].Lo
 	}
 	if v.whole && v.seen == key && !r.damagedIn(id) {
-		return nil, nil
+		return nil
 	}
 	deadline := r.cfg.Loop.Now() + patience
-	listed, err := file.Inventory(t, file.InventoryConfig{Dist: r.cfg.Dist, Volume: id, BlockSize: r.cfg.BlockSize, Until: func() error {
+	inventory, err := file.ReadInventory(t, file.InventoryConfig{Dist: r.cfg.Dist, Volume: id, BlockSize: r.cfg.BlockSize, Until: func() error {
 		if r.closing || r.cfg.Loop.Now() >= deadline {
 			return fmt.Errorf("peers that hold its INode are not there: %w", torus.ErrBlockUnavailable)
 		}
 		return nil
-	}}, st.Head)
+	}}, st.VolumeState)
 	if err != nil {
 		if now, serr := r.state(t, id); serr == nil && (now.Head == nil || now.Head.Number != st.Head.Number) {
 			r.changed = true // it has moved on while it was read
 		} else if serr == errDeleted {
-			return nil, serr
+			return serr
 		}
-		return nil, err
+		return err
 	}
-	// The newest metadata block of the present writer may still grow.
-	newest, any := torus.IndexID(0), false
-	for b := range listed {
-		if b.Ref.Type == torus.TypeINode && uint64(b.Ref.INode) == st.Epoch && (!any || b.Ref.Index > newest) {
-			newest, any = b.Ref.Index, true
+	tails, err := r.tails(t, id)
+	if err != nil {
+		return fmt.Errorf("list what is here: %w", err)
+	}
+	// Of the blocks that the present writer fills beside the log, of metadata and of moved data, the newest listed one may still grow.
+	newest := map[torus.BlockType]torus.IndexID{}
+	beside := func(b torus.BlockRef) bool { return b.Type != torus.TypeBlock && uint64(b.INode) == st.Epoch }
+	for b := range inventory.Needed() {
+		if beside(b.Ref) {
+			newest[b.Ref.Type] = max(newest[b.Ref.Type], b.Ref.Index)
 		}
 	}
-	var plan []item
+	todo := 0
 	next := volume{seen: key}
-	tails := map[torus.VolumeID]map[torus.BlockRef]torus.Tail{} // a clone lists blocks of other volumes, too
-	mine := map[torus.BlockRef]bool{}                           // of those found damaged
-	for b := range listed {
-		if tails[b.Ref.Volume] == nil {
-			if tails[b.Ref.Volume], err = r.tails(t, b.Ref.Volume); err != nil {
-				return nil, fmt.Errorf("list what is here: %w", err)
-			}
-		}
+	mine := map[torus.BlockRef]bool{} // of those found damaged
+	for b := range inventory.Needed() {
 		home := r.cfg.Dist.Home(b.Ref, b.Set)
 		if len(home) < len(b.Set) && len(home) > 0 && home[0] == r.cfg.ID {
 			next.short++ // nobody can hold that copy
@@ -207,13 +250,13 @@ func (r *Repairer) passVolume(t *loop.Task, id torus.VolumeID) ([]item, error) {
 		}
 		it := item{
 			ref: b.Ref, volume: id, set: b.Set, length: b.Length, epoch: st.Epoch, head: st.Head.Number,
-			growing: any && b.Ref.Type == torus.TypeINode && uint64(b.Ref.INode) == st.Epoch && b.Ref.Index == newest,
+			growing: beside(b.Ref) && b.Ref.Index == newest[b.Ref.Type],
 		}
 		_, it.damaged = r.damaged[b.Ref]
 		if it.damaged {
 			mine[b.Ref] = true
 		}
-		tail, here := tails[b.Ref.Volume][b.Ref]
+		tail, here := tails[b.Ref]
 		window := file.InWindow(st.VolumeState, b.Ref)
 		switch {
 		case it.damaged:
@@ -233,8 +276,15 @@ func (r *Repairer) passVolume(t *loop.Task, id torus.VolumeID) ([]item, error) {
 				it.copies++
 			}
 		}
-		if plan = append(plan, it); len(plan) > 2*maxPlan {
-			plan = mostEndangered(plan)
+		todo++
+		if found.plan = append(found.plan, it); len(found.plan) > 2*maxPlan {
+			found.plan = mostEndangered(found.plan)
+		}
+	}
+	for ref, tail := range tails {
+		if inventory.Garbage(ref) {
+			next.garbage++
+			found.discard(tail, st.Epoch)
 		}
 	}
 	// What no INode lists and no writer can add to is nobody's loss.
@@ -243,9 +293,9 @@ func (r *Repairer) passVolume(t *loop.Task, id torus.VolumeID) ([]item, error) {
 			delete(r.damaged, ref)
 		}
 	}
-	next.whole = next.short == 0 && next.corrupt == 0 && len(plan) == 0
+	next.whole = next.short == 0 && next.corrupt == 0 && todo == 0 && next.garbage == 0
 	*v = next
-	return plan, nil
+	return nil
 }
 
 func (r *Repairer) damagedIn(id torus.VolumeID) bool {

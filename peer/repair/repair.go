@@ -20,6 +20,7 @@ const (
 	DefaultCopyRate   = 64 << 20
 	DefaultScrubRate  = 20 << 20
 	DefaultScrubEvery = 24 * time.Hour
+	DefaultSweepRate  = 1000
 )
 
 const (
@@ -51,6 +52,7 @@ type Config struct {
 	ScrubRate  uint64        // bytes a second
 	ScrubEvery time.Duration // from the beginning of one scrub to that of the next, at least
 	NoScrub    bool
+	SweepRate  uint64 // blocks deleted a second
 
 	Log        *slog.Logger          // nil: none
 	Registerer prometheus.Registerer // takes torus_repair_* and torus_scrub_*; nil: no metrics
@@ -72,6 +74,9 @@ func (c *Config) setDefaults() {
 	if c.ScrubEvery == 0 {
 		c.ScrubEvery = DefaultScrubEvery
 	}
+	if c.SweepRate == 0 {
+		c.SweepRate = DefaultSweepRate
+	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -90,6 +95,10 @@ type Stats struct {
 	Unknown uint64
 	// Repaired is how many blocks were made whole since the start.
 	Repaired uint64
+	// Garbage is how many blocks here wait to be deleted, as nothing needs them.
+	Garbage uint64
+	// Swept is how many such were deleted since the start.
+	Swept uint64
 	// Scrubs is how many scrubs were finished since the start.
 	Scrubs uint64
 }
@@ -101,6 +110,9 @@ type Repairer struct {
 	m    *metrics
 	copy pace
 	read pace // of the scrub
+	gone pace // of the sweep; in blocks
+
+	cluster string // whose volumes these are
 
 	volumes map[torus.VolumeID]*volume
 	damaged map[torus.BlockRef]struct{}
@@ -127,7 +139,7 @@ func New(cfg Config) (*Repairer, error) {
 		return nil, fmt.Errorf("metrics of the repair: %w", err)
 	}
 	r := &Repairer{
-		cfg: cfg, log: cfg.Log, m: m, copy: pace{perSec: cfg.CopyRate}, read: pace{perSec: cfg.ScrubRate},
+		cfg: cfg, log: cfg.Log, m: m, copy: pace{perSec: cfg.CopyRate}, read: pace{perSec: cfg.ScrubRate}, gone: pace{perSec: cfg.SweepRate},
 		volumes: map[torus.VolumeID]*volume{}, damaged: map[torus.BlockRef]struct{}{}, told: map[torus.BlockRef]struct{}{}, changed: true,
 	}
 	r.unwatch = cfg.Dist.Watch(r.look)
@@ -216,10 +228,11 @@ func (r *Repairer) view() string {
 // Stats returns the present counts.
 func (r *Repairer) Stats() Stats {
 	s := r.stats
-	s.Short, s.Corrupt, s.Unknown = 0, 0, 0
+	s.Short, s.Corrupt, s.Unknown, s.Garbage = 0, 0, 0, 0
 	for _, v := range r.volumes {
 		s.Short += uint64(v.short + v.corrupt)
 		s.Corrupt += uint64(v.corrupt)
+		s.Garbage += uint64(v.garbage)
 		if v.unknown {
 			s.Unknown++
 		}
@@ -244,9 +257,10 @@ func (r *Repairer) run(t *loop.Task) {
 		}
 		r.changed, r.passing = false, true
 		r.seen = r.view()
-		plan, err := r.pass(t)
+		found, err := r.pass(t)
 		if err == nil {
-			err = r.execute(t, plan)
+			err = r.execute(t, found.plan)
+			r.sweep(t, found.garbage)
 		}
 		r.passing = false
 		r.m.set(r.Stats())

@@ -60,6 +60,7 @@ type node struct {
 	store   *storage.Disk
 	service *peer.Service
 	rep     *repair.Repairer
+	mds     *temp.Client // the repairer's
 	up      bool
 	lives   uint64
 }
@@ -142,6 +143,7 @@ func (n *node) start() {
 	n.up = true
 	r.must(r.admin.PutPeer(context.Background(), 0, &models.Peer{Uuid: n.id.String(), Address: n.addr(), SizeBytes: 1 << 30, State: "ok"}))
 	mds := r.mds.Client()
+	n.mds = mds
 	cfg := repair.Config{
 		Loop: n.l, Dist: r.dist(n.l, mds, n.name, hello), MDS: mds, Local: n.service, ID: n.id, BlockSize: rigBlock, Log: log,
 		ScrubEvery: 5 * time.Minute, ScrubRate: 1 << 30, CopyRate: 1 << 30,
@@ -341,14 +343,14 @@ func (r *rig) listed() (all []file.Listed, d *distributor.Distributor) {
 	l.After(time.Second, func() {
 		loop.Go(l, func(t *loop.Task) {
 			limit := l.Now() + 20*time.Second
-			seq, e := file.Inventory(t, file.InventoryConfig{Dist: d, Volume: torus.VolumeID(r.vol.Id), BlockSize: rigBlock, Until: func() error {
+			v, e := file.ReadInventory(t, file.InventoryConfig{Dist: d, Volume: torus.VolumeID(r.vol.Id), BlockSize: rigBlock, Until: func() error {
 				if l.Now() > limit {
 					return errors.New("too late")
 				}
 				return nil
-			}}, st.Head)
+			}}, st.VolumeState)
 			if err = e; err == nil {
-				for b := range seq {
+				for b := range v.Needed() {
 					all = append(all, b)
 				}
 			}
