@@ -20,7 +20,8 @@ import (
 // MaxSnapshots bounds the snapshots of a volume and its clones together, since its state in the MDS lists them.
 const MaxSnapshots = 1000
 
-// ErrUnclean: nobody has the volume attached, and it was not released in order: an attach has to recover it first.
+// ErrUnclean: nobody has the volume attached, and it was not released in order, or is a clone that never was attached: an attach has to
+// recover it first.
 var ErrUnclean = errors.New("not released in order")
 
 // askEvery is how often the state is looked at while a writer is asked for something.
@@ -174,7 +175,7 @@ func CreateSnapshot(ctx context.Context, mds torus.MetadataService, vol, name st
 			if h, err := mds.Holder(ctx, id); err != nil || h != nil {
 				return errors.Join(err, torus.ErrAgain)
 			}
-			if s.Open != nil {
+			if s.Open != nil || s.Head == nil && v.Origin != nil { // a clone begins with its origin's contents when it is attached first
 				return ErrUnclean
 			}
 			pin = named(s, name)
