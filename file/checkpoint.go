@@ -191,9 +191,9 @@ func (f *File) freeze() (*frozen, error) {
 	for i := range f.table.e {
 		e := &f.table.e[i]
 		slot := uint32(i)
-		z.foreign = z.foreign || e.used && e.live > 0 && e.ref.Volume != f.vol
+		z.foreign = z.foreign || e.used && (e.live > 0 || e.held) && e.ref.Volume != f.vol // one that is held may yet be found to be needed
 		if !e.used || e.live > 0 || e.held || f.meta.at(slot) || f.moves.at(slot) ||
-			e.ref.Type == torus.TypeBlock && uint64(e.ref.INode) == f.epoch && uint64(e.ref.Index) >= z.lo {
+			e.ref.Type == torus.TypeBlock && e.ref.Volume == f.vol && uint64(e.ref.INode) == f.epoch && uint64(e.ref.Index) >= z.lo {
 			continue
 		}
 		saved := *e

@@ -47,6 +47,9 @@ func (f *File) maybeCompact() {
 	loop.Go(f.loop, func(t *loop.Task) {
 		err := f.compactAll(t)
 		f.compacting = false
+		if f.flattening {
+			f.sinceCkpt++ // the next one has something to say, even if nothing is written: that the victims are of no more use
+		}
 		if err != nil && f.err == nil {
 			f.log.Warn("compaction failed, trying again later", "err", err)
 		}
