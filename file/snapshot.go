@@ -114,7 +114,7 @@ var errNotSettled = errors.New("the log of this moment is not listed yet")
 
 // Kept reports whether all that a moment needs is kept.
 func Kept(s *models.VolumeState, m *models.Moment) bool {
-	if s.KeptFrom > 0 && m.Base.GetNumber() >= s.KeptFrom {
+	if !s.Deleted && s.KeptFrom > 0 && m.Base.GetNumber() >= s.KeptFrom {
 		return true
 	}
 	return slices.ContainsFunc(s.Pins, func(p *models.Pin) bool {
