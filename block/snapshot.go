@@ -181,7 +181,8 @@ func CreateSnapshot(ctx context.Context, mds torus.MetadataService, vol, name st
 			pin = named(s, name)
 			if pin == nil {
 				now := time.Now()
-				at := &models.Moment{Base: s.Head, Seq: s.Head.GetSeq(), TimeUs: max(uint64(now.UnixMicro()), s.Head.GetTimeUs()), SizeBytes: v.SizeBytes}
+				// Its time is by the clock of the last writer: by one that is ahead, it would say of what is written later that it had been before.
+				at := &models.Moment{Base: s.Head, Seq: s.Head.GetSeq(), TimeUs: s.Head.GetTimeUs(), SizeBytes: v.SizeBytes}
 				pin = &models.Pin{Name: name, At: at, CreatedUnixMs: now.UnixMilli()}
 				s.Pins = append(s.Pins, pin)
 			}
@@ -272,7 +273,7 @@ func Clone(ctx context.Context, mds torus.MetadataService, parent *models.Volume
 }
 
 // Delete deletes a volume: what its clones need of it stays until they are deleted or flattened. With snapshots it is refused unless force.
-// Errors: torus.ErrNotExist, torus.ErrLocked, torus.ErrInvalid.
+// Errors: torus.ErrNotExist, torus.ErrLocked, torus.ErrInvalid, ErrUnclean if a clone needs what its last writer left.
 func Delete(ctx context.Context, mds torus.MetadataService, name string, force bool) error {
 	fail := func(err error, hint string) error {
 		return &torus.Error{Op: "delete", Obj: "volume " + name, Err: err, Hint: hint}
@@ -301,11 +302,19 @@ func Delete(ctx context.Context, mds torus.MetadataService, name string, force b
 		return fail(err, "Detach it first.")
 	}
 	_, err = amend(ctx, mds, torus.VolumeID(v.Id), func(s *models.VolumeState) error {
+		for _, p := range s.Pins {
+			if p.Clone != 0 && !file.Settled(s, p.At) { // it is in the log only, which nobody recovers once the volume is deleted
+				return ErrUnclean
+			}
+		}
 		s.Deleted, s.RetainMs = true, 0
 		s.Asks = nil
 		s.Pins = slices.DeleteFunc(s.Pins, func(p *models.Pin) bool { return p.Clone == 0 })
 		return nil
 	})
+	if errors.Is(err, ErrUnclean) {
+		return fail(err, "A clone needs what its last writer left: attach and detach it once, or delete the clone.")
+	}
 	if err != nil {
 		return fail(err, "")
 	}
