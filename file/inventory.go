@@ -36,13 +36,15 @@ type Inventory struct {
 	table *table
 	pins  pins
 	roots map[torus.BlockRef]bool // where the head's INode and the pages of its table are
+	// newest is the highest index, by type, of the listed blocks of the head's epoch that were written beside the log.
+	newest map[torus.BlockType]torus.IndexID
 }
 
 // ReadInventory reads the block table of the INode that the head of a state names, and nothing else: no fence, no epoch, whoever may have
 // the volume attached. It needs about 150 bytes of memory a block. An error means that the inventory is unknown, not that it is empty
 // (D3): torus.ErrCorrupt if no replica has an intact copy, torus.ErrBlockUnavailable, or what Until said.
 func ReadInventory(t *loop.Task, cfg InventoryConfig, s *models.VolumeState) (*Inventory, error) {
-	v := &Inventory{state: s, pins: newPins(s, s.KeptFrom), roots: map[torus.BlockRef]bool{}}
+	v := &Inventory{state: s, pins: newPins(s, s.KeptFrom), roots: map[torus.BlockRef]bool{}, newest: map[torus.BlockType]torus.IndexID{}}
 	if s.Deleted {
 		v.pins.from = 0 // nobody will rewind it
 	}
@@ -66,8 +68,11 @@ func ReadInventory(t *loop.Task, cfg InventoryConfig, s *models.VolumeState) (*I
 		v.roots[extentRef(cfg.Volume, x)] = true
 	}
 	for i := range f.table.e {
-		if e := &f.table.e[i]; e.used && e.ref.Volume != cfg.Volume {
+		switch e := &f.table.e[i]; {
+		case e.used && e.ref.Volume != cfg.Volume:
 			f.table.remove(uint32(i))
+		case e.used && e.ref.Type != torus.TypeBlock && uint64(e.ref.INode) == s.Head.Epoch:
+			v.newest[e.ref.Type] = max(v.newest[e.ref.Type], e.ref.Index)
 		}
 	}
 	return v, nil
@@ -101,20 +106,31 @@ func (v *Inventory) Needed() iter.Seq[Listed] {
 }
 
 // Garbage reports whether it is proven that nothing needs a block of the volume, now or ever (D3): it lies in no open window, and the head
-// lists it as dead and no pin needs it, or does not list it and it is of an older epoch than the head.
-// What is of the head's epoch or a later one, and not listed, may belong to a checkpoint, a compaction or a recovery that is not
-// committed yet. What is garbage stays so, whatever becomes of the volume: an older writer commits nothing any more, a newer one lists
+// lists it as dead and no pin needs it, or does not list it and never will.
+//
+// The head of a later epoch is enough of a proof for the latter. Of its own epoch, and of later ones, what is not listed may belong to a
+// checkpoint, a compaction or a recovery that is not committed yet; unless its writer had done with the block when it laid out that
+// head, which lists all that it had not given up by then: a block of the log below the window, another if a block of its type with a
+// higher index is listed, as these are begun, and listed at once, in the order of their indexes.
+//
+// What is garbage stays so, whatever becomes of the volume: an older writer commits nothing any more, a newer one lists
 // blocks of its own and of the window; and a dead block comes to life only for a moment that is kept, and what can be kept
 // from now on is the head or what was kept before.
 func (v *Inventory) Garbage(ref torus.BlockRef) bool {
-	h := v.state.Head
+	h, w := v.state.Head, v.state.Open
 	if h == nil || InWindow(v.state, ref) {
 		return false
 	}
 	if slot, ok := v.table.byRef[ref]; ok {
 		return !v.need(&v.table.e[slot])
 	}
-	return uint64(ref.INode) < h.Epoch
+	switch epoch := uint64(ref.INode); {
+	case epoch != h.Epoch:
+		return epoch < h.Epoch
+	case ref.Type == torus.TypeBlock:
+		return w != nil && w.Epoch == epoch && len(w.Spans) > 0 && uint64(ref.Index) < w.Spans[0].Lo
+	}
+	return ref.Index < v.newest[ref.Type]
 }
 
 // InWindow reports whether a block lies in the open window of a volume: what it holds is the attached writer's business, or that

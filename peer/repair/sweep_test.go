@@ -151,6 +151,54 @@ func TestSweepEpochs(t *testing.T) {
 	r.settled(time.Minute)
 }
 
+// A writer that stays attached for long deletes its own blocks by name; a peer that did not hear of it gives them up as well: those that
+// the writer had done with when it laid out the head.
+func TestSweepWhileAttached(t *testing.T) {
+	r := newRig(t, 32, 3, 2)
+	c := r.attach()
+	n := r.nodes[0]
+	c.fill(1, 0, rigVolume)
+	r.v.RunFor(7 * time.Second) // a checkpoint
+	had := n.here()
+	n.kill()
+	for i := range 3 { // what the peer has is dead, and more
+		c.fill(byte(2+i), 0, rigVolume)
+		r.v.RunFor(7 * time.Second)
+	}
+	st := r.state()
+	if st.Head.Epoch != 1 || st.Open.Spans[0].Lo < 40 {
+		t.Fatalf("%+v", st.Open)
+	}
+	n.start()
+	r.v.RunFor(2 * time.Second)
+	c.fill(5, 0, 256<<10) // not listed yet
+	open := n.plant(r.unlisted(torus.TypeBlock, 1, torus.IndexID(st.Open.Spans[0].Hi-1)))
+	beyond := n.plant(r.unlisted(torus.TypeBlock, 1, 1<<20))
+	moved := n.plant(r.unlisted(torus.TypeMoved, 1, 1<<20))
+	meta := n.plant(r.unlisted(torus.TypeINode, 1, 1<<20))
+	r.passes()
+	n.mustHave("the writer may be about to list it", open, beyond, moved, meta)
+	all, _ := r.listed()
+	needed := map[torus.BlockRef]bool{}
+	for _, b := range all {
+		needed[b.Ref] = true
+	}
+	gone := 0
+	for ref := range had {
+		if !needed[ref] {
+			n.mustLack(ref)
+			gone++
+		}
+	}
+	if gone < 8 {
+		t.Fatalf("%d blocks had died", gone)
+	}
+	c.check(5, 0, 256<<10)
+	c.check(4, 256<<10, rigVolume-256<<10)
+	c.detach()
+	r.settled(time.Minute)
+}
+
 // What lies in the open window is the writer's, or the next attach's, whatever its epoch.
 func TestSweepWindow(t *testing.T) {
 	r := twice(t, 22)
