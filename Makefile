@@ -14,7 +14,7 @@ GUEST_KERNEL = bin/guest-kernel
 # What the tests and the README call besides Go.
 TOOLS = fio nbdkit libnbd-bin qemu-utils qemu-block-extra nbd-client fuse3 xfsprogs e2fsprogs iproute2 iptables postgresql sqlite3 qemu-system-x86 busybox-static
 
-.PHONY: build run test race lint sim mutants crash bench bench-compare bench-scale bench-choices bench-go e2e soak setup clean
+.PHONY: build run test race lint sim mutants crash fuzz bench bench-compare bench-scale bench-choices bench-go e2e soak setup clean
 
 build:
 	mkdir -p bin
@@ -72,6 +72,12 @@ mutants:
 # Stores cut off from power at every point of every small workload, and 1,000 long ones.
 crash:
 	TORUS_CRASH=all go test $(TESTFLAGS) -count 1 -timeout 120m -v -run TestCrash ./storage
+
+# Whoever reads what others have sent or stored, fuzzed one after the other: an hour and a half.
+FUZZTIME ?= 5m
+fuzz:
+	set -e; for p in $(PACKAGES); do for f in $$(go test -list '^Fuzz' $$p | grep ^Fuzz); do \
+		echo "== $$p $$f"; go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$p; done; done
 
 # Clusters of real processes under real clients.
 e2e: build $(GUEST_KERNEL)
