@@ -99,6 +99,11 @@ func (f *File) checkpoint(t *loop.Task, change func(*models.VolumeState) error) 
 		if !z.pins.cover(s) {
 			return fmt.Errorf("more is to be kept than when the checkpoint began: %w", torus.ErrCompareFailed)
 		}
+		for _, p := range s.Pins { // the blocks of the log behind a pinned INode are listed by the next one, whole
+			if p.At.GetBase().GetNumber() == s.Head.GetNumber() && p.At.Seq > z.head.Seq {
+				return fmt.Errorf("record %d is pinned, and the checkpoint ends with %d: %w", p.At.Seq, z.head.Seq, torus.ErrCompareFailed)
+			}
+		}
 		s.Head, s.KeptFrom, s.Own = z.head, z.pins.from, f.cfg.Volume.Origin != nil && !z.foreign
 		if s.Open != nil {
 			s.Open.Spans = trimSpans(s.Open.Spans, z.lo)
