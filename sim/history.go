@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 
 	"github.com/coreos/torus/record"
 )
@@ -322,6 +323,36 @@ func (h *History) Decide(n uint64, read func(page uint64) ([]byte, error)) error
 	}
 	h.top, h.acked, h.flushed, h.decided, h.void = n, n, n, n, 0
 	return nil
+}
+
+// Freeze returns a copy of the history as it is at this moment: what a snapshot taken now is compared with.
+func (h *History) Freeze() *History {
+	c := &History{Seed: h.Seed, last: h.last, top: h.top, pages: make(map[uint64]*pageHistory, len(h.pages))}
+	for page, p := range h.pages {
+		c.pages[page] = &pageHistory{marks: slices.Clone(p.marks), seen: p.seen}
+	}
+	return c
+}
+
+// Branch makes of a frozen history that of a clone: what the clone writes itself is numbered from base on, which nobody else uses. Whoever serves
+// it first decides what it begins with, which contains write atLeast.
+func (h *History) Branch(base, atLeast uint64) *History {
+	c := h.Freeze()
+	c.last, c.acked, c.flushed = base, atLeast, atLeast
+	return c
+}
+
+// Return notes that the volume is again what it once was: found says which write each page holds. Numbers go on.
+func (h *History) Return(found map[uint64]uint64) {
+	for page := range found {
+		h.page(page)
+	}
+	for page, p := range h.pages {
+		p.marks = append(p.marks[:0], mark{id: found[page], zero: found[page] == 0})
+		p.seen = found[page]
+	}
+	h.voided, h.void = 0, 0
+	h.top, h.acked, h.flushed, h.decided = h.last, h.last, h.last, h.last
 }
 
 // Violation is a broken invariant.

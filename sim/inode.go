@@ -23,6 +23,8 @@ type committed struct {
 	live map[uint32]int
 	// now: while the cluster is at work, from whichever peer answers at once.
 	now bool
+	// head is the INode to read; nil: the volume's newest.
+	head *models.Head
 }
 
 // listed is an entry of the block table.
@@ -32,6 +34,8 @@ type listed struct {
 	live   int // pages
 	length uint32
 	set    torus.PeerList
+	// birth and death are numbers of INodes.
+	birth, death uint64
 }
 
 // readCommitted loads the INode and the block table of a volume's head; nil if nothing was ever committed.
@@ -42,7 +46,10 @@ func (c *Cluster) readCommitted(vol *models.Volume) (*committed, error) {
 
 func (x *committed) load() (*committed, error) {
 	c, vol := x.c, x.vol
-	head := c.MDS.Peek(torus.VolumeID(vol.Id)).GetHead()
+	head := x.head
+	if head == nil {
+		head = c.MDS.Peek(torus.VolumeID(vol.Id)).GetHead()
+	}
 	if head == nil {
 		return nil, nil
 	}
@@ -71,6 +78,7 @@ func (x *committed) load() (*committed, error) {
 				}
 				e.ref = torus.BlockRefFromBytes(b)
 				e.live, e.length = int(le.Uint16(b[24:])), uint32(le.Uint16(b[26:]))
+				e.birth, e.death = le.Uint64(b[32:]), le.Uint64(b[40:])
 				e.set = c.placement(e.ref, x.inode.Sets[set])
 			}
 			x.blocks = append(x.blocks, e)
@@ -237,8 +245,38 @@ func (x *committed) compare(h *History, pages, stride uint64) error {
 		if err := x.copies(&b); err != nil {
 			return err
 		}
-		if b.used && b.ref.Type == torus.TypeBlock && b.live != x.live[uint32(i)] {
+		if b.used && b.live > 0 && b.death != 0 {
+			return violated("C1", "block %v is listed as dead since INode %d, with %d live pages", b.ref, b.death, b.live)
+		}
+		if b.used && b.ref.Type != torus.TypeINode && b.live != x.live[uint32(i)] {
 			return violated("C1", "block %v is listed with %d live pages, and has %d", b.ref, b.live, x.live[uint32(i)])
+		}
+	}
+	return x.pinned()
+}
+
+// pinned checks that all that pinned INodes refer to is listed for as long as they need it, and stored in full.
+func (x *committed) pinned() error {
+	listed := map[torus.BlockRef]*listed{}
+	for i := range x.blocks {
+		if b := &x.blocks[i]; b.used {
+			listed[b.ref] = b
+		}
+	}
+	id := torus.VolumeID(x.vol.Id)
+	for _, pin := range x.c.MDS.Peek(id).GetPins() {
+		base := pin.At.GetBase()
+		if base == nil {
+			continue
+		}
+		for ref := range x.c.Witness.read(id, base).lists {
+			b := listed[ref]
+			if b == nil || b.birth > base.Number || b.death != 0 && b.death <= base.Number {
+				return violated("D3", "INode %d, which is pinned, refers to %v, which INode %d lists as %+v", base.Number, ref, x.inode.Number, b)
+			}
+			if err := x.replicated(b); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -249,6 +287,10 @@ func (x *committed) copies(b *listed) error {
 	if !b.used || b.live == 0 {
 		return nil
 	}
+	return x.replicated(b)
+}
+
+func (x *committed) replicated(b *listed) error {
 	set := b.set
 	if x.c.opt.Repair {
 		set = x.c.home(b.ref, set)

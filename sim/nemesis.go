@@ -126,6 +126,11 @@ func (r *Run) peer() *Peer {
 
 // client picks a process that lives.
 func (r *Run) client() *Client {
+	if len(r.viewers) > 0 && r.rng.IntN(3) == 0 {
+		if w := r.viewers[r.rng.IntN(len(r.viewers))]; !w.over {
+			return w.cl
+		}
+	}
 	v := r.vols[r.rng.IntN(len(r.vols))]
 	for range 4 {
 		if len(v.sessions) == 0 {
@@ -520,7 +525,7 @@ func (r *Run) slowMDS() (func(), bool) {
 // clock lets the clock of the metadata service jump, so that leases end early, and that of a client, either way.
 func (r *Run) clock() (func(), bool) {
 	r.MDS.Advance(time.Duration(r.rng.IntN(20)) * time.Second)
-	if c := r.client(); c != nil {
+	if c := r.client(); c != nil && r.p.retain == 0 {
 		c.skew += time.Duration(r.rng.IntN(72)-36) * time.Hour
 	}
 	return nil, true

@@ -13,6 +13,8 @@ import (
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/file"
 	"github.com/coreos/torus/loop"
+	"github.com/coreos/torus/metadata/temp"
+	"github.com/coreos/torus/models"
 )
 
 // Run is one seeded schedule: volumes on a few peers, each with a writer that keeps a history and moves from host to host, and a nemesis. A
@@ -20,10 +22,13 @@ import (
 // which every volume serves all that was acknowledged, in full replication.
 type Run struct {
 	*Cluster
-	// Attaches that were compared with the history, writes acknowledged, blocks that are stored and that nobody lists, at the end.
-	Attaches, Acks, Leaked int
-	Faults                 map[string]int // by kind
-	Trace                  uint64         // hash of every event in order
+	// Attaches that were compared with the history, writes acknowledged; at the end, copies of blocks of volumes that nobody lists, and of volumes that
+	// have been deleted.
+	Attaches, Acks, Leaked, Left int
+	// Snapshots taken, views of moments compared, clones made and flattened, times a volume was taken back.
+	Snapshots, Views, Clones, Flattened, Returns int
+	Faults                                       map[string]int // by kind
+	Trace                                        uint64         // hash of every event in order
 
 	p         profile
 	rng       *rand.Rand
@@ -36,6 +41,11 @@ type Run struct {
 	wiped     bool
 	slowUntil time.Duration
 	excess    bool // more has been damaged than anybody promises to survive
+
+	boss    *temp.Client // an administrator's
+	viewers []*viewer
+	buried  []*volume // deleted
+	named   int       // snapshots asked for
 
 	mdsWeights []int
 	mdsSlow    func(*rand.Rand) time.Duration
@@ -52,6 +62,34 @@ type profile struct {
 	harmEvery, moveEvery        int // steps
 	kinds                       []int
 	excess, repair              bool
+	profilePast
+}
+
+// profilePast is what a schedule does with moments, and to compact.
+type profilePast struct {
+	past         bool          // snapshots, clones and all that
+	retain       time.Duration // for rewinding
+	utilisation  float64       // 0: compaction as by default, and so none
+	pace         time.Duration // of steps, at most
+	compactSlack int
+}
+
+// drawPast draws it from a source of its own.
+func drawPast(rng *rand.Rand, p *profile) {
+	if rng.IntN(2) == 0 {
+		return
+	}
+	p.pace = time.Duration(1+rng.IntN(100)) * time.Millisecond
+	p.utilisation, p.compactSlack = 0.7+0.25*rng.Float64(), 1
+	p.moveEvery *= 1 + rng.IntN(3)
+	if rng.IntN(5) == 0 || p.excess {
+		return
+	}
+	p.past = true
+	p.volumes = 1 + p.volumes/2
+	if rng.IntN(3) == 0 {
+		p.retain = time.Duration(1+rng.IntN(20)) * time.Second
+	}
 }
 
 // draw draws the profile of a schedule: each has its own mix of faults, as many together hide what few bring about.
@@ -90,6 +128,7 @@ func draw(rng *rand.Rand) profile {
 func Play(seed uint64, log *slog.Logger) (r *Run, err error) {
 	rng := rand.New(rand.NewPCG(seed, 2))
 	p := draw(rng)
+	drawPast(rand.New(rand.NewPCG(seed, 3)), &p)
 	c, err := New(seed, Options{
 		Peers: p.peers, Replication: p.replication, BlockSize: p.blockSize, PeerBytes: 768 * p.blockSize, Slots: 32, SlotsPerFile: p.slotsPerFile, Repair: p.repair, Log: log,
 	})
@@ -115,24 +154,33 @@ func Play(seed uint64, log *slog.Logger) (r *Run, err error) {
 	})
 	c.Witness.fail = r.fail
 	c.PeerMDS = r.mdsFault
+	r.boss = c.MDS.Client()
+	r.boss.SetFaults(r.mdsFault)
 	for i := range p.volumes {
-		v := &volume{r: r, h: NewHistory(seed<<8 + uint64(i) + 1), pages: p.pages}
-		if v.info, err = c.CreateVolume(fmt.Sprint("v", i), p.pages*PageSize); err != nil {
+		info, err := c.CreateVolume(fmt.Sprint("v", i), p.pages*PageSize)
+		if err != nil {
 			return r, err
 		}
-		r.vols = append(r.vols, v)
+		v := r.newVolume(info, NewHistory(seed<<8+uint64(i)+1))
+		if p.retain > 0 {
+			v.amend(func(s *models.VolumeState) { s.RetainMs = uint64(p.retain.Milliseconds()) })
+		}
 	}
 	// After every transaction: it may have moved a head, or a window.
 	eye := c.MDS.Client()
-	type version struct{ txn, epoch uint64 }
-	seen := make([]version, len(r.vols))
 	eye.OnChange(func() {
-		for i, v := range r.vols {
+		for _, v := range r.vols {
 			id := torus.VolumeID(v.info.Id)
 			st := c.MDS.Peek(id)
-			if now := (version{st.GetTxn(), st.GetEpoch()}); now != seen[i] {
-				seen[i] = now
+			if st == nil {
+				continue // it is being deleted
+			}
+			if now := (version{st.GetTxn(), st.GetEpoch()}); now != v.version {
+				v.version = now
 				c.Witness.Committed(id)
+			}
+			if p.past {
+				v.pinned()
 			}
 		}
 	})
@@ -187,6 +235,7 @@ func (r *Run) tune(c *file.Config) {
 	c.RetainBytes = 128<<10 + r.rng.IntN(2<<20)
 	c.CheckpointEvery = r.p.checkpoints
 	c.MapBytes = 1
+	c.Utilisation, c.CompactSlack = r.p.utilisation, r.p.compactSlack
 }
 
 func (r *Run) play() error {
@@ -206,6 +255,12 @@ func (r *Run) play() error {
 				d = time.Duration(r.rng.IntN(20)) * time.Second
 			}
 		}
+		if r.p.pace > 0 {
+			d += time.Duration(r.rng.Int64N(int64(r.p.pace)))
+		}
+		if r.p.past {
+			r.attend()
+		}
 		r.V.RunFor(d)
 		r.mend(false)
 		if r.rng.IntN(40) == 0 {
@@ -219,6 +274,34 @@ func (r *Run) play() error {
 		return err
 	}
 	return r.converge()
+}
+
+// attend lets administrators and lookers-on do something.
+func (r *Run) attend() {
+	if r.p.retain > 0 {
+		for _, v := range r.vols {
+			v.point()
+		}
+	}
+	for _, v := range r.vols {
+		if v.info.Origin != nil && r.MDS.Peek(torus.VolumeID(v.info.Id)).GetOwn() && r.rng.IntN(20) == 0 {
+			v.flatten()
+		}
+	}
+	if r.rng.IntN(5) == 0 {
+		r.vols[r.rng.IntN(len(r.vols))].govern()
+	}
+	r.viewers = slices.DeleteFunc(r.viewers, func(w *viewer) bool {
+		if !w.over && r.rng.IntN(12) == 0 {
+			switch {
+			case r.rng.IntN(3) == 0:
+				w.end()
+			case w.view != nil:
+				w.cl.Loop.Post(w.read)
+			}
+		}
+		return w.over
+	})
 }
 
 // heal ends all faults.
@@ -260,6 +343,11 @@ func (r *Run) converge() error {
 			return err
 		}
 	}
+	for _, v := range r.vols {
+		if err := r.examine(v); err != nil {
+			return err
+		}
+	}
 	if r.rng.IntN(2) == 0 && r.victim == nil {
 		r.blackout()
 		r.mend(true)
@@ -271,25 +359,28 @@ func (r *Run) converge() error {
 	if err := r.repaired(); err != nil {
 		return err
 	}
-	var heads []*committed
-	listed := map[torus.BlockRef]bool{}
-	for _, v := range r.vols {
-		x, err := r.readCommitted(v.info)
-		switch {
-		case x != nil:
-			x.list(listed)
-			err = x.compare(v.h, v.pages, 1)
-			heads = append(heads, x)
-		case err == nil: // nothing was ever committed
-			zero := make([]byte, PageSize)
-			_, err = v.h.Check(func(uint64) ([]byte, error) { return zero, nil }, v.h.Acked())
-		}
-		if err != nil {
-			return fmt.Errorf("%w (volume %s as committed)", err, v.info.Name)
-		}
+	heads, listed, err := r.heads()
+	if err != nil {
+		return err
 	}
 	if err := r.Witness.CheckBytes(listed); err != nil {
 		return err
+	}
+	for _, v := range r.vols {
+		if err := r.examine(v); err != nil {
+			return err
+		}
+	}
+	if r.p.past {
+		if err := r.windDown(); err != nil {
+			return err
+		}
+		if heads, listed, err = r.heads(); err != nil {
+			return err
+		}
+		for _, v := range r.buried {
+			r.Left += (&committed{c: r.Cluster, vol: v.info}).leaked(listed)
+		}
 	}
 	for _, x := range heads {
 		r.Leaked += x.leaked(listed)
@@ -302,6 +393,27 @@ func (r *Run) converge() error {
 		}
 	}
 	return r.err
+}
+
+// heads reads from the disks what every volume has committed, and compares it with its history; listed is what is listed.
+func (r *Run) heads() (heads []*committed, listed map[torus.BlockRef]bool, err error) {
+	listed = map[torus.BlockRef]bool{}
+	for _, v := range r.vols {
+		x, err := r.readCommitted(v.info)
+		switch {
+		case x != nil:
+			x.list(listed)
+			err = x.compare(v.h, v.pages, 1)
+			heads = append(heads, x)
+		case err == nil: // nothing was ever committed
+			zero := make([]byte, PageSize)
+			_, err = v.h.Check(func(uint64) ([]byte, error) { return zero, nil }, v.h.Acked())
+		}
+		if err != nil {
+			return nil, nil, fmt.Errorf("%w (volume %s as committed)", err, v.info.Name)
+		}
+	}
+	return heads, listed, nil
 }
 
 // repaired waits until the peers say that every copy is where it belongs, and have read everything since it was last harmed.

@@ -31,7 +31,7 @@ func number(t *testing.T, name string, otherwise uint64) uint64 {
 //
 //	TORUS_SEED=17 go test ./sim -run TestSeeds -v
 //
-// It holds D1, D2, F1, L1, W1, C1 and P1, and that a cluster in which everything is well comes to serve (LIVE).
+// It holds D1, D2, D3, F1, L1, W1, C1, P1 and S1, and that a cluster in which everything is well comes to serve (LIVE).
 func TestSeeds(t *testing.T) {
 	from, n := number(t, "TORUS_FROM", 0), number(t, "TORUS_SEEDS", seeds)
 	var log *slog.Logger
@@ -51,7 +51,8 @@ func TestSeeds(t *testing.T) {
 	var mu sync.Mutex
 	next, failed := from, 0
 	faults := map[string]int{}
-	attaches, acks, leaked := 0, 0, 0
+	attaches, acks, leaked, left := 0, 0, 0, 0
+	var past [5]int
 	began := time.Now()
 	var wg sync.WaitGroup
 	for range runtime.GOMAXPROCS(0) {
@@ -72,7 +73,10 @@ func TestSeeds(t *testing.T) {
 					t.Errorf("seed %d: %v\nagain: TORUS_SEED=%d go test ./sim -run TestSeeds -v", seed, err, seed)
 				}
 				if r != nil {
-					attaches, acks, leaked = attaches+r.Attaches, acks+r.Acks, leaked+r.Leaked
+					attaches, acks, leaked, left = attaches+r.Attaches, acks+r.Acks, leaked+r.Leaked, left+r.Left
+					for i, n := range []int{r.Snapshots, r.Views, r.Clones, r.Flattened, r.Returns} {
+						past[i] += n
+					}
 					for k, c := range r.Faults {
 						faults[k] += c
 					}
@@ -88,8 +92,8 @@ func TestSeeds(t *testing.T) {
 	}
 	slices.Sort(said)
 	played := min(next, from+n) - from
-	t.Logf("%d schedules, %v each: %d attaches compared with the history, %d writes acknowledged, %d blocks left that nobody lists; faults: %s",
-		played, (time.Since(began) / time.Duration(max(played, 1))).Round(time.Microsecond), attaches, acks, leaked, strings.Join(said, ", "))
+	t.Logf("%d schedules, %v each: %d attaches compared with the history, %d writes acknowledged, %d blocks left that nobody lists, %d of deleted volumes; %d snapshots, %d views of moments compared, %d clones, %d flattened, %d volumes taken back; faults: %s",
+		played, (time.Since(began) / time.Duration(max(played, 1))).Round(time.Microsecond), attaches, acks, leaked, left, past[0], past[1], past[2], past[3], past[4], strings.Join(said, ", "))
 }
 
 // The same seed gives the same trace, another one another.

@@ -8,10 +8,14 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/coreos/torus"
+	"github.com/coreos/torus/block"
 	"github.com/coreos/torus/device"
 	"github.com/coreos/torus/file"
 	"github.com/coreos/torus/metadata/temp"
+	"github.com/coreos/torus/models"
 	"github.com/coreos/torus/record"
 	"github.com/coreos/torus/vfs"
 )
@@ -387,4 +391,136 @@ func TestMetadataServiceAwayForAMinute(t *testing.T) {
 		t.Fatalf("no checkpoint since the metadata service is back: %v", s.f.Err())
 	}
 	s.expect(s.cl, s.f, 59)
+}
+
+// A clone that nobody has attached yet has no INode of its own: a snapshot of it must not be one of nothing (S1).
+func TestSnapshotOfAnUntouchedClone(t *testing.T) {
+	s := newScene(t, Options{Peers: 3, Replication: 2, BlockSize: 256 << 10, PeerBytes: 64 << 20})
+	s.must(&device.Request{Op: device.Write, Data: s.page(1)})
+	s.release()
+	pin, err := block.CreateSnapshot(t.Context(), s.admin, "v", "s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := s.admin.Volume(t.Context(), "v")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := block.Clone(t.Context(), s.admin, v, pin.At, "w", 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := block.CreateSnapshot(t.Context(), s.admin, "w", "t"); !errors.Is(err, block.ErrUnclean) {
+		t.Fatalf("a snapshot of a clone that was never attached: %v", err)
+	}
+}
+
+// release detaches the volume.
+func (s *scene) release() {
+	s.t.Helper()
+	err := errStuck
+	s.cl.Loop.Post(func() { s.f.Close(func(e error) { err = e }) })
+	if !s.V.Run(func() bool { return !errors.Is(err, errStuck) }, time.Minute) || err != nil {
+		s.t.Fatalf("detach: %v", err)
+	}
+}
+
+// A volume that keeps its past grows, and is written behind its old end before the next INode. A time in between is found, and can be looked at (S1).
+func TestLocateWhereTheVolumeHadGrown(t *testing.T) {
+	s := newScene(t, Options{Peers: 3, Replication: 2, BlockSize: 256 << 10, PeerBytes: 64 << 20})
+	id := torus.VolumeID(1)
+	const size = 32 << 20
+	change := func(fn func(*models.VolumeState)) {
+		st, err := s.admin.VolumeState(t.Context(), id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		to := proto.CloneOf(st.VolumeState)
+		fn(to)
+		if st, err = s.admin.Amend(t.Context(), id, st, to); err != nil {
+			t.Fatal(err)
+		}
+		s.cl.Loop.Post(func() { s.f.Observe(st) })
+	}
+	change(func(st *models.VolumeState) { st.RetainMs = uint64(time.Hour.Milliseconds()) })
+	for i := range byte(3) { // INodes to go back to
+		s.must(&device.Request{Op: device.Write, Data: s.page(i + 1), Flags: device.FUA})
+		s.V.RunFor(40 * time.Second)
+	}
+	s.must(&device.Request{Op: device.Write, Data: s.page(8), Flags: device.FUA})
+	s.V.RunFor(time.Second) // the next INode is half a minute away
+	change(func(st *models.VolumeState) { st.Asks = append(st.Asks, &models.Ask{SizeBytes: size}) })
+	s.V.RunFor(time.Second)
+	s.must(&device.Request{Op: device.Write, Off: size - PageSize, Data: s.page(9), Flags: device.FUA})
+	at := time.Unix(1_700_000_000, 0).Add(s.V.Now())
+	s.V.RunFor(time.Second)
+	s.must(&device.Request{Op: device.Write, Data: s.page(4), Flags: device.FUA}) // the next INode is younger than that time
+	s.V.RunFor(40 * time.Second)
+	v, err := s.admin.Volume(t.Context(), "v")
+	if err != nil {
+		t.Fatal(err)
+	}
+	v.SizeBytes = size
+	cl := s.NewClient("viewer")
+	cfg := file.Config{Loop: cl.Loop, Dist: cl.Dist, MDS: cl.MDS, Volume: v, BlockSize: 256 << 10}
+	got := make([]byte, PageSize)
+	over := false
+	cl.Loop.After(time.Second, func() {
+		file.Locate(cfg, at, func(m *models.Moment, e error) {
+			if err, over = e, e != nil; over {
+				return
+			}
+			file.OpenView(cfg, m, func(f *file.View, e error) {
+				if err, over = e, e != nil; over {
+					return
+				}
+				f.Submit(&device.Request{Op: device.Read, Off: size - PageSize, Len: PageSize, Data: got, Done: func(q *device.Request) { err, over = q.Err, true }})
+			})
+		})
+	})
+	if !s.V.Run(func() bool { return over }, time.Minute) || err != nil || !bytes.Equal(got, s.page(9)) {
+		t.Fatalf("S1: the volume as it was at %v: done %v, %v, %d", at, over, err, got[0])
+	}
+}
+
+// A volume is deleted whose writer has died, and a clone begins with what only its log says. Once deleted nobody would recover that: it has to be
+// attached before (S1).
+func TestOriginIsRecoveredBeforeItIsDeleted(t *testing.T) {
+	s := newScene(t, Options{Peers: 3, Replication: 2, BlockSize: 256 << 10, PeerBytes: 64 << 20})
+	s.must(&device.Request{Op: device.Write, Data: s.page(1)})
+	st, err := s.admin.VolumeState(t.Context(), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	to := proto.CloneOf(st.VolumeState)
+	to.Asks = append(to.Asks, &models.Ask{Snapshot: "s"})
+	if st, err = s.admin.Amend(t.Context(), 1, st, to); err != nil {
+		t.Fatal(err)
+	}
+	s.cl.Loop.Post(func() { s.f.Observe(st) })
+	taken := func() bool { return len(s.MDS.Peek(1).GetPins()) > 0 }
+	if !s.V.Run(taken, time.Minute) {
+		t.Fatal("no snapshot is taken")
+	}
+	s.cl.Kill()
+	v, pin, err := block.Snapshot(t.Context(), s.admin, "v", "s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := block.Clone(t.Context(), s.admin, v, pin.At, "w", 0); err != nil {
+		t.Fatal(err)
+	}
+	s.MDS.Advance(leaseTTL)
+	if file.Settled(s.MDS.Peek(1), pin.At) {
+		t.Fatal("not the schedule this is about")
+	}
+	if err := block.Delete(t.Context(), s.admin, "v", true); !errors.Is(err, block.ErrUnclean) {
+		t.Fatalf("S1: what a clone needs is in a log that nobody has recovered, and the volume can be deleted: %v", err)
+	}
+	if s.cl, s.f, err = s.attach("next", true); err != nil {
+		t.Fatal(err)
+	}
+	s.release()
+	if err := block.Delete(t.Context(), s.admin, "v", true); err != nil {
+		t.Fatal(err)
+	}
 }

@@ -21,28 +21,54 @@ type volume struct {
 	sessions []*session
 	cur      *session // the one that serves what was decided last
 	epoch    uint64   // of that
+	version  version  // of the state, as last seen
+
+	snaps    []*snap
+	asked    map[string]uint64 // by the name of a snapshot: what had been flushed when it was asked for
+	pointing *snap
+	from     *snap    // what a clone begins with, until somebody has looked
+	wish     *snap    // what it is to be taken back to, once it is released
+	back     *session // takes it back to something, or may have done so
+	doomed   bool     // it is being deleted
 }
+
+// version tells states apart that a writer has changed.
+type version struct{ txn, epoch uint64 }
 
 // session is one process that attaches a volume.
 type session struct {
-	v       *volume
-	cl      *Client
-	f       *file.File
-	w       *Writer // once it serves
-	err     error   // of the attach
-	over    bool    // the attach has failed, or the process has ended
-	polite  bool    // it waits for the holder's lease to expire
-	closing bool
-	closed  bool
-	closeIs error
+	v         *volume
+	cl        *Client
+	f         *file.File
+	w         *Writer // once it serves
+	err       error   // of the attach
+	over      bool    // the attach has failed, or the process has ended
+	polite    bool    // it waits for the holder's lease to expire
+	closing   bool
+	closed    bool
+	closeIs   error
+	to        *snap // it takes the volume back to that
+	n, overAt int   // how many processes there were when it began, and when it was over
 }
 
 // attach starts a process that attaches the volume.
-func (v *volume) attach(polite bool) *session {
+func (v *volume) attach(polite bool) *session { return v.attachTo(polite, nil) }
+
+// attachTo is attach; to, if not nil, is what it takes the volume back to.
+func (v *volume) attachTo(polite bool, to *snap) *session {
 	r := v.r
 	r.n++
-	s := &session{v: v, polite: polite, cl: r.NewClient(fmt.Sprintf("%s-client%d", v.info.Name, r.n))}
+	s := &session{v: v, polite: polite, to: to, n: r.n, cl: r.NewClient(fmt.Sprintf("%s-client%d", v.info.Name, r.n))}
 	s.cl.skew = time.Duration(r.rng.IntN(7200)-3600) * time.Second
+	if r.p.retain > 0 {
+		s.cl.skew = 0 // times have to mean the same to everybody
+	}
+	if to != nil {
+		v.back = s
+	}
+	if r.p.past {
+		s.follow()
+	}
 	s.cl.MDS.SetFaults(r.mdsFault)
 	if r.mdsSlow != nil {
 		s.cl.Loop.SetOffloadDelay(r.mdsSlow)
@@ -57,6 +83,9 @@ func (s *session) open() {
 	s.cl.Attach(s.v.info, func(c *file.Config) {
 		s.v.r.tune(c)
 		c.Force = !s.polite
+		if s.to != nil {
+			c.To = s.to.at
+		}
 	}, s.attached)
 }
 
@@ -77,7 +106,7 @@ func (s *session) attached(f *file.File, err error) {
 
 // look reads the whole volume, right after the attach.
 func (s *session) look() {
-	img := make([]byte, s.v.pages*PageSize)
+	img := make([]byte, s.f.Size())
 	s.f.Submit(&device.Request{Op: device.Read, Len: uint64(len(img)), Data: img, Done: func(q *device.Request) { s.judge(img, q.Err) }})
 }
 
@@ -91,9 +120,31 @@ func (s *session) judge(img []byte, err error) {
 		r.fail(violated("C1", "read of volume %s after the attach of epoch %d: %w", v.info.Name, s.f.Epoch(), err))
 		return
 	}
-	read := func(p uint64) ([]byte, error) { return img[p*PageSize:][:PageSize], nil }
-	n, err := v.h.Check(read, v.h.Promised())
-	if err == nil {
+	read := pages(img)
+	n, err := uint64(0), error(nil)
+	if s.to == nil {
+		n, err = v.h.Check(read, v.h.Promised())
+	}
+	back := s.to
+	if err != nil && v.back != nil {
+		back = v.back.to
+	}
+	switch {
+	case back != nil:
+		if e := back.compare(img); e != nil {
+			err = errors.Join(err, e)
+			break
+		}
+		err = nil
+		r.say("%s serves %s at epoch %d, taken back to %s", s.cl.Name, v.info.Name, s.f.Epoch(), back.name)
+		v.h.Return(back.found)
+		r.Returns++
+	case err == nil:
+		if v.from != nil {
+			if err = v.from.compare(img); err != nil {
+				break
+			}
+		}
 		r.say("%s serves %s at epoch %d: %d writes of %d, acked %d, flushed %d, promised %d", s.cl.Name, v.info.Name, s.f.Epoch(), n, v.h.Last(), v.h.Acked(), v.h.Flushed(), v.h.Promised())
 		err = v.h.Decide(n, read)
 	}
@@ -102,13 +153,18 @@ func (s *session) judge(img []byte, err error) {
 		return
 	}
 	r.Attaches++
+	v.from = nil
+	if v.back != nil && (v.back == s || v.back.over && s.n > v.back.overAt) {
+		v.back = nil
+	}
 	v.epoch = s.f.Epoch()
+	v.pages = max(v.pages, s.f.Size()/PageSize)
 	for _, x := range v.sessions {
 		if x.w != nil {
 			x.w.Over = true
 		}
 	}
-	s.w = NewWriter(v.h, s.f, s.cl.Loop, r.rng, v.pages, 1)
+	s.w = NewWriter(v.h, s.f, s.cl.Loop, r.rng, s.f.Size()/PageSize, 1)
 	s.w.Most = 12
 	epoch := s.f.Epoch()
 	s.w.Acked = func(page uint64, b []byte) error {
@@ -125,7 +181,7 @@ func (s *session) judge(img []byte, err error) {
 // end ends the process.
 func (s *session) end() {
 	if !s.over {
-		s.over = true
+		s.over, s.overAt = true, s.v.r.n
 		if s.w != nil {
 			s.w.Over = s.w.Over || s.v.cur != s
 		}
@@ -170,6 +226,14 @@ func (s *session) close() {
 // act does the next thing to a volume.
 func (v *volume) act() {
 	r := v.r
+	if v.doomed {
+		v.bury()
+		return
+	}
+	if v.serving() && v.cur.f.Size()/PageSize > v.pages {
+		v.pages = v.cur.f.Size() / PageSize
+		v.cur.w.Pages = v.pages
+	}
 	for _, s := range v.sessions {
 		if s.w != nil && s != v.cur && !s.over && !s.closing && s.f.Err() == nil && r.rng.IntN(4) == 0 {
 			s.w.Step() // one that does not know that it is over
@@ -179,6 +243,12 @@ func (v *volume) act() {
 		v.cur.end()
 	}
 	if !v.serving() {
+		if v.wish != nil && v.attaching() == 0 && v.cur != nil && v.cur.closed {
+			if v.cur.closeIs == nil && !v.wish.gone {
+				v.attachTo(false, v.wish)
+			}
+			v.wish = nil
+		}
 		switch n := v.attaching(); {
 		case n == 0 && (v.cur == nil || !v.cur.closing || v.cur.closed || r.rng.IntN(10) == 0):
 			v.attach(false)

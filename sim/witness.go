@@ -3,6 +3,7 @@ package sim
 import (
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/coreos/torus"
@@ -18,7 +19,8 @@ import (
 //   - W1: nothing is appended to a block of the log that is not registered.
 //   - D1: when a flush is acknowledged, or a head committed, the whole set of some block has made durable each record that it covers; and as long as
 //     neither is, the window has each acknowledged record in a block that counts.
-//   - D3: no block is to be deleted that the head lists.
+//   - D1: what a head lists of moved pages and of its own is durable when it is committed.
+//   - D3: no block is to be deleted that a head, a pin or the rewinding of a volume needs, its own or that of a clone.
 //   - P1: blocks are on the peers where the ring, as anybody can read it, puts them.
 type Witness struct {
 	c    *Cluster
@@ -28,8 +30,9 @@ type Witness struct {
 	// synced is how much of a block each peer has said to be durable, by its index.
 	synced map[torus.BlockRef]*[maxPeers]uint32
 	acked  map[torus.VolumeID]ackedUpTo
-	states map[torus.VolumeID]*models.VolumeState // as last seen
-	heads  map[torus.VolumeID]*committed          // as they were when something was to be deleted last
+	states map[torus.VolumeID]*models.VolumeState       // as last seen
+	heads  map[torus.VolumeID]map[uint64]*committedHead // all that were ever committed, by number
+	gone   map[torus.BlockRef]bool                      // some peer was asked to delete them
 	hdr    record.Header
 	fail   func(error)
 }
@@ -68,7 +71,8 @@ type pageSighting struct {
 func newWitness(c *Cluster) *Witness {
 	return &Witness{
 		c: c, recs: map[torus.BlockRef][]*sighting{}, page: map[pageKey][]pageSighting{}, seqs: map[seqKey][]*sighting{},
-		synced: map[torus.BlockRef]*[maxPeers]uint32{}, acked: map[torus.VolumeID]ackedUpTo{}, states: map[torus.VolumeID]*models.VolumeState{}, heads: map[torus.VolumeID]*committed{},
+		synced: map[torus.BlockRef]*[maxPeers]uint32{}, acked: map[torus.VolumeID]ackedUpTo{}, states: map[torus.VolumeID]*models.VolumeState{},
+		heads: map[torus.VolumeID]map[uint64]*committedHead{}, gone: map[torus.BlockRef]bool{},
 		fail: func(error) {},
 	}
 }
@@ -118,25 +122,124 @@ func (w *Witness) answered(p *Peer, r *torus.Request) {
 	l[p.index] = max(l[p.index], durable)
 }
 
-// deleting takes a request to delete.
+// committedHead is an INode that was the newest of its volume at some time, and which blocks it refers to, itself among them; nil as long as nobody could read it.
+type committedHead struct {
+	h     *models.Head
+	lists map[torus.BlockRef]bool
+	roots map[torus.BlockRef]bool // the INode itself and its table
+}
+
+// read reads what an INode refers to.
+func (w *Witness) read(volume torus.VolumeID, h *models.Head) *committedHead {
+	of := w.heads[volume]
+	if of == nil {
+		of = map[uint64]*committedHead{}
+		w.heads[volume] = of
+	}
+	x := of[h.Number]
+	if x == nil {
+		x = &committedHead{h: h}
+		of[h.Number] = x
+	}
+	if x.lists != nil {
+		return x
+	}
+	t := &committed{c: w.c, vol: &models.Volume{Id: uint64(volume)}, inode: &models.INode{}, now: true, head: h}
+	if _, err := t.load(); err != nil {
+		return x // nobody can say at this moment
+	}
+	x.lists, x.roots = map[torus.BlockRef]bool{}, map[torus.BlockRef]bool{}
+	for _, e := range append(t.inode.Table, h.Inode) {
+		ref := torus.BlockRef{Type: torus.TypeINode, Volume: volume, INode: torus.INodeID(e.Epoch), Index: torus.IndexID(e.Index)}
+		x.lists[ref], x.roots[ref] = true, true
+	}
+	for _, b := range t.blocks {
+		if b.used && b.live > 0 {
+			x.lists[b.ref] = true
+			if b.ref.Type != torus.TypeBlock && uint64(b.ref.INode) == h.Epoch && b.ref.Volume == volume && !w.stored(&b) {
+				w.fail(violated("D1", "INode %d of volume %d refers to %v, of which %d bytes are not durable in %d copies", h.Number, volume, b.ref, b.length*PageSize, w.c.opt.Replication))
+			}
+		}
+	}
+	return x
+}
+
+// stored reports whether enough peers have said that all of a listed block is durable.
+func (w *Witness) stored(b *listed) bool {
+	synced := w.synced[b.ref]
+	if synced == nil {
+		return false
+	}
+	n := 0
+	for _, l := range synced {
+		if l >= b.length*PageSize {
+			n++
+		}
+	}
+	return n >= w.c.opt.Replication
+}
+
+// deleting takes a request to delete: nothing may need the block, as far as anybody can find out without the arithmetic of births and deaths, from the
+// INodes that pins name and the records behind them.
 func (w *Witness) deleting(p *Peer, ref torus.BlockRef) {
-	head := w.c.MDS.Peek(ref.Volume).GetHead()
-	if head == nil {
-		return
-	}
-	x := w.heads[ref.Volume]
-	if x == nil || x.inode.Number != head.Number {
-		x = &committed{c: w.c, vol: &models.Volume{Id: uint64(ref.Volume)}, inode: &models.INode{}, now: true}
-		if _, err := x.load(); err != nil {
-			return // nobody can say at this moment
+	w.gone[ref] = true
+	for _, volume := range slices.Sorted(maps.Keys(w.states)) {
+		st := w.c.MDS.Peek(volume)
+		if st == nil {
+			continue // deleted
 		}
-		w.heads[ref.Volume] = x
-	}
-	for _, b := range x.blocks {
-		if b.used && b.ref == ref && b.live > 0 {
-			w.fail(violated("D3", "%s is asked to delete %v, which INode %d, the head, lists", p.Name, ref, head.Number))
+		if why := w.needs(volume, st, ref); why != "" {
+			w.fail(violated("D3", "%s is asked to delete %v, which %s of volume %d needs", p.Name, ref, why, volume))
 		}
 	}
+}
+
+// needs says what of a volume needs a block; "": nothing.
+func (w *Witness) needs(volume torus.VolumeID, st *models.VolumeState, ref torus.BlockRef) string {
+	if h := st.Head; h != nil {
+		x := w.read(volume, h)
+		if st.Deleted && x.roots[ref] || !st.Deleted && x.lists[ref] {
+			return fmt.Sprintf("INode %d, the head", h.Number)
+		}
+	}
+	for _, pin := range st.Pins {
+		base := pin.At.GetBase()
+		if base != nil && w.read(volume, base).lists[ref] {
+			return fmt.Sprintf("INode %d, which is pinned (%s, clone %d),", base.Number, pin.Name, pin.Clone)
+		}
+		if seq := w.onlyCopy(volume, ref, base.GetSeq(), pin.At.Seq); seq > 0 {
+			return fmt.Sprintf("a moment behind INode %d, for record %d,", base.GetNumber(), seq)
+		}
+	}
+	if st.KeptFrom == 0 || st.Deleted || st.Head == nil {
+		return ""
+	}
+	for number, x := range w.heads[volume] {
+		if number >= st.KeptFrom && x.lists[ref] {
+			return fmt.Sprintf("INode %d, which is kept since it is not older than %d,", number, st.KeptFrom)
+		}
+	}
+	if x := w.heads[volume][st.KeptFrom]; x != nil {
+		if seq := w.onlyCopy(volume, ref, x.h.Seq, st.Head.Seq); seq > 0 {
+			return fmt.Sprintf("rewinding to INode %d or later, for record %d,", st.KeptFrom, seq)
+		}
+	}
+	return ""
+}
+
+// onlyCopy returns a record after seq first, up to last, that a block has, and no other block that is stored has whole.
+func (w *Witness) onlyCopy(volume torus.VolumeID, ref torus.BlockRef, first, last uint64) uint64 {
+	if ref.Type != torus.TypeBlock || ref.Volume != volume {
+		return 0
+	}
+	for _, s := range w.recs[ref] {
+		if s.seq > first && s.seq <= last && !slices.ContainsFunc(w.seqs[seqKey{volume, s.seq}], func(x *sighting) bool {
+			return x.ref != ref && !w.gone[x.ref] && w.durable(x, nil)
+		}) {
+			return s.seq
+		}
+	}
+	return 0
 }
 
 func (w *Witness) find(ref torus.BlockRef, off uint32) *sighting {
@@ -351,6 +454,9 @@ func (w *Witness) Committed(volume torus.VolumeID) {
 		} else if !slices.ContainsFunc(l, func(s *sighting) bool { return w.promised(s, by) }) {
 			w.fail(violated("L1", "the head of epoch %d covers record %d, of which peers have copies that have not promised to obey that epoch", by, n))
 		}
+	}
+	if st.GetHead() != nil {
+		w.read(volume, st.Head)
 	}
 	if st.GetOpen() == nil {
 		return

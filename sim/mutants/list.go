@@ -33,7 +33,7 @@ var mutants = []Mutant{
 	// Acknowledgement.
 	{
 		Name: "roll-unregistered", Rule: "the log goes on in blocks that are not registered yet", File: "file/window.go",
-		Edits: []Edit{{"		err := f.commit(t, func(s *models.VolumeState) {\n			s.Open.Spans = append(s.Open.Spans, span)", "		f.win.spans = append(f.win.spans, span)\n		f.pump()\n		err := f.commit(t, func(s *models.VolumeState) {\n			s.Open.Spans = append(s.Open.Spans, span)"}},
+		Edits: []Edit{{"		err := f.commit(t, func(s *models.VolumeState) error {\n			s.Open.Spans = append(s.Open.Spans, span)", "		f.win.spans = append(f.win.spans, span)\n		f.pump()\n		err := f.commit(t, func(s *models.VolumeState) error {\n			s.Open.Spans = append(s.Open.Spans, span)"}},
 	},
 	{
 		Name: "ack-r-minus-1", Rule: "a write is acknowledged when one replica has it", File: "file/send.go",
@@ -131,7 +131,7 @@ var mutants = []Mutant{
 	},
 	{
 		Name: "lost-answer-is-success", Rule: "a transaction whose answer was lost is taken for one that was made", File: "file/window.go",
-		Edits: []Edit{{"			case now.Txn == from.Txn:\n				from = now // it has not: try again\n", "			case now.Txn == from.Txn:\n				st, err = now, nil\n"}},
+		Edits: []Edit{{"				from = now // it has not: try again\n", "				if from = now; !again {\n					st, err = now, nil\n				}\n"}},
 	},
 
 	// Attach.
@@ -169,7 +169,7 @@ var mutants = []Mutant{
 	},
 	{
 		Name: "open-before-head", Rule: "an attach registers its window before it commits what it found", File: "file/attach.go",
-		Edits: []Edit{{"	if err := a.copies(); err != nil { // step 5\n", "	f.takeMeta(t)\n	err := f.commit(t, func(s *models.VolumeState) {\n		s.Open = &models.Window{Epoch: f.epoch, Spans: []*models.Span{f.newSpan(f.next, windowBlocks)}}\n	})\n	f.releaseMeta()\n	if err != nil {\n		return err\n	}\n	if err := a.copies(); err != nil { // step 5\n"}},
+		Edits: []Edit{{"	if err := a.copies(); err != nil { // step 5\n", "	f.takeMeta(t)\n	err := f.commit(t, func(s *models.VolumeState) error {\n		s.Open = &models.Window{Epoch: f.epoch, Spans: []*models.Span{f.newSpan(f.next, windowBlocks)}}\n		return nil\n	})\n	f.releaseMeta()\n	if err != nil {\n		return err\n	}\n	if err := a.copies(); err != nil { // step 5\n"}},
 	},
 	{
 		Name: "fenced-goes-on", Rule: "a writer that is told of a newer epoch goes on", File: "file/ack.go",
@@ -203,6 +203,64 @@ var mutants = []Mutant{
 	{
 		Name: "discard-listed", Rule: "an attach deletes blocks of the old window that the new head lists", File: "file/attach.go",
 		Edits: []Edit{{"; listed || b.atHead {", "; listed && b.atHead {"}},
+	},
+
+	// Moments, and what is moved.
+	{
+		Name: "move-over-newer", Rule: "a page that compaction has moved is applied over one written since", File: "file/compact.go",
+		Edits: []Edit{{"!ok || now != m.from {\n				continue // written since", "!ok || now.kind() != entryData {\n				continue // written since"}},
+	},
+	{
+		Name: "move-not-durable", Rule: "the map points to moved pages before they are durable", File: "file/side.go",
+		Edits: []Edit{{"	if failed == nil {\n		reqs = reqs[:0]", "	if failed == nil && (len(recs) == 0 || recs[0].blk.ref.Type != torus.TypeMoved) {\n		reqs = reqs[:0]"}},
+	},
+	{
+		Name: "pinned-dropped", Rule: "a checkpoint drops blocks that a pin needs", File: "file/checkpoint.go",
+		Edits: []Edit{{"		if z.pins.need(e) {", "		if z.pins.need(e) && e.ref.Volume == 0 {"}},
+	},
+	{
+		Name: "log-of-pin-dropped", Rule: "a pin keeps its INode's blocks, and not those of the log behind it", File: "file/pins.go",
+		Edits: []Edit{{"		return p.log[i-1] >= e.birth\n", "		return p.base[i-1] >= e.birth\n"}},
+	},
+	{
+		Name: "pin-before-flush", Rule: "a snapshot is pinned before its last record is flushed", File: "file/snapshot.go",
+		Edits: []Edit{{"		err := f.flushTo(t, at.Seq)\n", "		err := error(nil)\n"}},
+	},
+	{
+		Name: "ckpt-while-pinning", Rule: "a checkpoint may come between the choice of a snapshot's last record and its pin", File: "file/checkpoint.go",
+		Edits: []Edit{{"now-f.lastCkpt < every) || f.pinning {", "now-f.lastCkpt < every) {"}},
+	},
+	{
+		Name: "foreign-deleted", Rule: "a clone deletes blocks of its origin that it has no more use for", File: "file/checkpoint.go",
+		Edits: []Edit{{"		if e.ref.Volume != f.vol {\n			continue // another", "		if e.ref.Volume == 0 {\n			continue // another"}},
+	},
+	{
+		Name: "moment-cut-short", Rule: "the replay of a moment stops a record early", File: "file/snapshot.go",
+		Edits: []Edit{{"f.logBehind(vol, m), baseSeq, m.Seq)", "f.logBehind(vol, m), baseSeq, max(m.Seq-1, 1))"}},
+	},
+	{
+		Name: "failed-number-lost", Rule: "the number of a checkpoint that failed is not given back: what it listed is born too late", File: "file/checkpoint.go",
+		Edits: []Edit{{"	f.number--\n	f.table.next = f.number + 1\n", "	f.table.next = f.number + 1\n"}},
+	},
+	{
+		Name: "new-pin-unnoticed", Rule: "a checkpoint is committed though more is pinned than when it began", File: "file/checkpoint.go",
+		Edits: []Edit{{"		if !z.pins.cover(s) {", "		if f.err != nil && !z.pins.cover(s) {"}},
+	},
+	{
+		Name: "pin-beyond-next", Rule: "a checkpoint is committed that ends before the moment pinned with the INode before it: the log in between is not listed", File: "file/checkpoint.go",
+		Edits: []Edit{{"p.At.Seq > z.head.Seq {", "p.At.Seq > z.head.Seq && f.err != nil {"}},
+	},
+	{
+		Name: "retained-too-short", Rule: "what rewinding needs is let go in half of the time", File: "file/history.go",
+		Edits: []Edit{{"marks[0].TimeUs+retain <= now", "marks[0].TimeUs+retain/2 <= now"}},
+	},
+	{
+		Name: "restored-stays-dead", Rule: "what comes to life again with a moment is still listed as dead", File: "file/snapshot.go",
+		Edits: []Edit{{"		case e.live > 0:\n			e.death = 0", "		case e.live > 0 && e.birth > f.number:\n			e.death = 0"}},
+	},
+	{
+		Name: "own-but-for-snapshots", Rule: "a clone whose snapshots still refer to its origin counts as one that does not", File: "file/checkpoint.go",
+		Edits: []Edit{{"			z.foreign = z.foreign || e.ref.Volume != f.vol\n			if saved", "			if saved"}},
 	},
 
 	// Stores, by their crash tests.
