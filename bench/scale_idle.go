@@ -73,7 +73,7 @@ func (s *scale) idleness(ctx context.Context) error {
 	mds := &table{
 		title: "Idle: etcd",
 		note:  "A minute: reads, puts, lease renewals, watch events sent; KiB of gRPC that etcd takes in and gives out; what a peer asks (volume lists, volume states; mean over peers). At the end: keys, watchers, KiB of data in use.",
-		head:  []string{"state", "peers", "reads", "puts", "renewals", "events", "KiB in", "KiB out", "a peer: Volumes", "a peer: VolumeState", "keys", "watchers", "KiB in use"},
+		head:  []string{"state", "peers", "reads", "puts", "renewals", "events", "KiB in", "KiB out", "a peer: VolumeStates", "a peer: VolumeState", "keys", "watchers", "KiB in use"},
 	}
 	for _, r := range all {
 		x := &r.span
@@ -107,7 +107,7 @@ func (s *scale) idleness(ctx context.Context) error {
 			thousands(x.etcd("etcd_mvcc_range_total")*perMinute), thousands(x.etcd("etcd_mvcc_put_total")*perMinute),
 			thousands(x.etcd("etcd_debugging_lease_renewed_total")*perMinute), thousands(x.etcd("etcd_debugging_mvcc_events_total")*perMinute),
 			thousands(x.etcd("etcd_network_client_grpc_received_bytes_total")*perMinute/1024), thousands(x.etcd("etcd_network_client_grpc_sent_bytes_total")*perMinute/1024),
-			significant(asked["Volumes"]*perMinute/others), thousands(asked["VolumeState"]*perMinute/others),
+			significant(asked["VolumeStates"]*perMinute/others), thousands(asked["VolumeState"]*perMinute/others),
 			thousands(now.sum("etcd_debugging_mvcc_keys_total")), thousands(now.sum("etcd_debugging_mvcc_watcher_total")), thousands(now.sum("etcd_mvcc_db_total_size_in_use_in_bytes")/1024))
 	}
 	return s.print(cpu, mds)

@@ -14,6 +14,9 @@ import (
 // maxGarbage bounds how many blocks a pass remembers to delete; the next one finds those that are left.
 const maxGarbage = 1 << 16
 
+// censusPage is how many of the peer's own tails a census asks for at a time: few, since the peer serves nobody while it lists them.
+const censusPage = 1024
+
 // sweepInFlight is how many deletions are under way at a time.
 const sweepInFlight = 32
 
@@ -35,7 +38,7 @@ func (f *findings) discard(tail torus.Tail, epoch uint64) {
 // census digests the blocks that this peer has of each volume.
 func (r *Repairer) census(t *loop.Task) (map[torus.VolumeID]uint64, error) {
 	here := map[torus.VolumeID]uint64{}
-	q := &torus.Request{Op: torus.OpList, Off: torus.ListEveryVolume, Len: listPage}
+	q := &torus.Request{Op: torus.OpList, Off: torus.ListEveryVolume, Len: censusPage}
 	for {
 		if r.closing {
 			return nil, torus.ErrClosed
@@ -46,7 +49,7 @@ func (r *Repairer) census(t *loop.Task) (map[torus.VolumeID]uint64, error) {
 		for _, x := range q.Tails {
 			here[x.Ref.Volume] += digest(uint64(x.Ref.Type), uint64(x.Ref.INode), uint64(x.Ref.Index))
 		}
-		if len(q.Tails) < listPage {
+		if len(q.Tails) < censusPage {
 			return here, nil
 		}
 		q.Ref = q.Tails[len(q.Tails)-1].Ref
