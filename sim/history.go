@@ -31,6 +31,7 @@ type History struct {
 	// void: some replica has lost what was not synced at a time when this was the last write. Until all of that is flushed, W1
 	// does not hold. voided is the same, as it was at the last decision.
 	void, voided uint64
+	frozen       []*History // copies
 }
 
 // pageHistory is what one page has held.
@@ -115,6 +116,9 @@ func (h *History) Fail(page, id uint64) {
 		if p.marks[i].id == id && i > 0 {
 			p.marks[i].maybe = true
 		}
+	}
+	for _, c := range h.frozen { // it was under way when they were made
+		c.Fail(page, id)
 	}
 }
 
@@ -331,6 +335,7 @@ func (h *History) Freeze() *History {
 	for page, p := range h.pages {
 		c.pages[page] = &pageHistory{marks: slices.Clone(p.marks), seen: p.seen}
 	}
+	h.frozen = append(h.frozen, c)
 	return c
 }
 

@@ -3,6 +3,7 @@ package sim
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -241,6 +242,9 @@ func (x *committed) compare(h *History, pages, stride uint64) error {
 	}, h.Acked()); err != nil {
 		return err
 	}
+	if err := x.countRoots(); err != nil {
+		return err
+	}
 	for i, b := range x.blocks {
 		if err := x.copies(&b); err != nil {
 			return err
@@ -248,11 +252,33 @@ func (x *committed) compare(h *History, pages, stride uint64) error {
 		if b.used && b.live > 0 && b.death != 0 {
 			return violated("C1", "block %v is listed as dead since INode %d, with %d live pages", b.ref, b.death, b.live)
 		}
-		if b.used && b.ref.Type != torus.TypeINode && b.live != x.live[uint32(i)] {
+		if b.used && b.live != x.live[uint32(i)] {
 			return violated("C1", "block %v is listed with %d live pages, and has %d", b.ref, b.live, x.live[uint32(i)])
 		}
 	}
 	return x.pinned()
+}
+
+// countRoots counts the pages of the table and the INode's own as alive.
+func (x *committed) countRoots() error {
+	slots := map[torus.BlockRef]uint32{}
+	for i, b := range x.blocks {
+		slots[b.ref] = uint32(i)
+	}
+	head := x.c.MDS.Peek(torus.VolumeID(x.vol.Id)).GetHead()
+	for _, e := range append(slices.Clone(x.inode.Table), head.Inode) {
+		ref := torus.BlockRef{Type: torus.TypeINode, Volume: torus.VolumeID(x.vol.Id), INode: torus.INodeID(e.Epoch), Index: torus.IndexID(e.Index)}
+		n := 1
+		if e == head.Inode { // in a record by itself
+			var h record.Header
+			if _, err := x.read(ref, e.Offset-PageSize, PageSize, x.c.placement(ref, e.Set), func(b []byte) bool { return h.Decode(b) == nil }); err != nil {
+				return err
+			}
+			n = h.Pages()
+		}
+		x.live[slots[ref]] += n
+	}
+	return nil
 }
 
 // pinned checks that all that pinned INodes refer to is listed for as long as they need it, and stored in full.

@@ -378,9 +378,18 @@ func (r *Run) converge() error {
 		if heads, listed, err = r.heads(); err != nil {
 			return err
 		}
+		if r.p.repair {
+			r.V.RunFor(2*repairEvery + 2*time.Second) // peers delete what nothing needs
+		}
 		for _, v := range r.buried {
+			if r.MDS.Peek(torus.VolumeID(v.info.Id)) != nil {
+				continue // kept for a clone
+			}
 			r.Left += (&committed{c: r.Cluster, vol: v.info}).leaked(listed)
 		}
+	}
+	if r.p.repair && r.Left > 0 {
+		return violated("LIVE", "%d copies of blocks of deleted volumes are still stored", r.Left)
 	}
 	for _, x := range heads {
 		r.Leaked += x.leaked(listed)

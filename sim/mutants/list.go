@@ -259,6 +259,10 @@ var mutants = []Mutant{
 		Edits: []Edit{{"		case e.live > 0:\n			e.death = 0", "		case e.live > 0 && e.birth > f.number:\n			e.death = 0"}},
 	},
 	{
+		Name: "recount-own-pages", Rule: "going back counts the pages of the old INode itself as alive", File: "file/snapshot.go",
+		Edits: []Edit{{"			then.addLive(slot, -pages)\n", "			then.addLive(slot, pages-pages)\n"}},
+	},
+	{
 		Name: "own-but-for-snapshots", Rule: "a clone whose snapshots still refer to its origin counts as one that does not", File: "file/checkpoint.go",
 		Edits: []Edit{{"			z.foreign = z.foreign || e.ref.Volume != f.vol\n			if saved", "			if saved"}},
 	},
