@@ -47,6 +47,7 @@ type rig struct {
 	ring  torus.Ring
 	n     int // of clients
 	tune  func(*repair.Config)
+	to    *models.Moment // what clients take the volume back to
 }
 
 // node is a peer: a disk that outlives its process.
@@ -243,7 +244,7 @@ func (r *rig) client() *client {
 			return
 		}
 		file.Open(file.Config{
-			Loop: c.l, Dist: c.dist, MDS: c.mds, Volume: r.vol, BlockSize: rigBlock, Lease: lease, Holder: &models.Holder{Host: name}, Force: true,
+			Loop: c.l, Dist: c.dist, MDS: c.mds, Volume: r.vol, BlockSize: rigBlock, Lease: lease, Holder: &models.Holder{Host: name}, Force: true, To: r.to,
 			CheckpointEvery: 5 * time.Second, Log: r.log.With("at", name), WallClock: func() time.Time { return time.Unix(0, 0) },
 		}, func(f *file.File, err error) { c.f, c.err, c.done = f, err, true })
 	})

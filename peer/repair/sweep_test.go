@@ -2,6 +2,7 @@ package repair_test
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"testing"
 	"time"
@@ -311,6 +312,67 @@ func TestSweepPins(t *testing.T) {
 	c = r.attach()
 	c.check(3, 0, rigVolume)
 	c.detach()
+}
+
+// A volume is taken back to a snapshot that is deleted, and swept, before that is committed: it is not taken back, and loses nothing.
+func TestSweepDuringRestore(t *testing.T) {
+	r := twice(t, 33)
+	_, err := block.CreateSnapshot(context.Background(), r.admin, "v", "s")
+	r.must(err)
+	c := r.attach()
+	c.fill(3, 0, rigVolume)
+	c.detach()
+	for _, deleted := range []bool{true, false} {
+		if !deleted {
+			_, err := block.CreateSnapshot(context.Background(), r.admin, "v", "s") // of what it is now
+			r.must(err)
+			c := r.attach()
+			c.fill(4, 0, rigVolume)
+			c.detach()
+		}
+		r.to = r.state().Pins[0].At
+		r.passes()
+		c := r.client()
+		commits := 0
+		used := r.used()
+		c.mds.SetFaults(func(_ context.Context, method string) temp.Fault {
+			if method == "Commit" && deleted {
+				if commits++; commits == 1 {
+					r.must(block.DeleteSnapshot(context.Background(), r.admin, "v", "s"))
+				}
+				if commits < 3 {
+					return temp.FailBefore // until the peers have swept
+				}
+			}
+			return temp.None
+		})
+		if !r.v.Run(func() bool { return c.done || commits == 2 }, time.Minute) {
+			t.Fatal("attach is still not done")
+		}
+		if deleted {
+			r.passes()
+			if r.used() >= used {
+				t.Fatalf("nothing was swept: %d blocks, then %d", used, r.used())
+			}
+		}
+		if !r.v.Run(func() bool { return c.done }, time.Minute) {
+			t.Fatal("attach is still not done")
+		}
+		if deleted != (c.err != nil) || deleted && !errors.Is(c.err, torus.ErrNotExist) {
+			t.Fatalf("deleted %v: %v", deleted, c.err)
+		}
+		r.to = nil
+		if deleted {
+			c.kill()
+		} else {
+			c.detach()
+		}
+		r.passes()
+		c = r.attach()
+		c.check(3, 0, rigVolume) // what it was, or what it was taken back to
+		c.detach()
+		r.settled(time.Minute)
+	}
 }
 
 // What a volume can be rewound to is kept, from the INode on that the state names.
