@@ -214,18 +214,21 @@ func (f *File) releaseMeta() {
 // is then made once more, to what they have left; an error of change ends the commit, and nothing is changed.
 func (f *File) commit(t *loop.Task, change func(*models.VolumeState) error) error {
 	from := f.state
+	var to *models.VolumeState // the same for as long as an earlier attempt may yet be made, which is to be known again
 	for warned := false; ; {
-		to := proto.CloneOf(from.VolumeState)
-		if err := change(to); err != nil {
-			return err
+		if to == nil {
+			to = proto.CloneOf(from.VolumeState)
+			if err := change(to); err != nil {
+				return err
+			}
+			to.Txn++
 		}
-		to.Txn++
 		if f.err != nil {
 			return f.err
 		}
 		var st torus.VolumeState
 		var err error
-		again := false
+		again, amended := false, false
 		t.Call(func() {
 			ctx, cancel := context.WithTimeout(context.Background(), mdsTimeout)
 			defer cancel()
@@ -241,7 +244,7 @@ func (f *File) commit(t *loop.Task, change func(*models.VolumeState) error) erro
 			case now.Txn == to.Txn && proto.Equal(now.Head, to.Head) && proto.Equal(now.Open, to.Open):
 				st, err = now, nil // it had been made after all
 			case now.Txn == from.Txn:
-				again = errors.Is(err, torus.ErrCompareFailed)
+				again, amended = errors.Is(err, torus.ErrCompareFailed), now.Revision != from.Revision
 				from = now // it has not: try again
 			}
 		})
@@ -258,6 +261,9 @@ func (f *File) commit(t *loop.Task, change func(*models.VolumeState) error) erro
 		case errors.Is(err, torus.ErrNotExist):
 			f.fail(&torus.Error{Op: "commit", Obj: "volume " + f.cfg.Volume.Name, Err: err, Hint: "The volume has been deleted."})
 			return f.err
+		}
+		if amended {
+			to = nil
 		}
 		if again {
 			f.state = from
