@@ -96,6 +96,22 @@ func TestSeeds(t *testing.T) {
 		played, (time.Since(began) / time.Duration(max(played, 1))).Round(time.Microsecond), attaches, acks, leaked, left, past[0], past[1], past[2], past[3], past[4], strings.Join(said, ", "))
 }
 
+// Schedules that have found something which others seldom come to.
+func TestSeedsThatFoundSomething(t *testing.T) {
+	for seed, what := range map[uint64]string{
+		81:   "a time is located behind which the volume had grown",
+		325:  "a clone counted as free of its origin while a snapshot of it needed a block that compaction held",
+		861:  "an origin was deleted before its log, which a clone needed, had been recovered",
+		1300: "a checkpoint ended before the moment that was pinned with the INode before it",
+		3055: "a snapshot was taken while writes were under way that failed for want of space",
+		3548: "an attach whose commit had lost its answer laid its window out anew, and never knew it again",
+	} {
+		if _, err := Play(seed, nil); err != nil {
+			t.Errorf("seed %d, once %s: %v", seed, what, err)
+		}
+	}
+}
+
 // The same seed gives the same trace, another one another.
 func TestTrace(t *testing.T) {
 	for seed := range uint64(8) {
