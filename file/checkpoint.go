@@ -29,6 +29,9 @@ const (
 // fullCheckpoint is how often a checkpoint is made, if there is anything to commit, while the cluster is full, or somebody waits for a clone to be flat.
 const fullCheckpoint = time.Second
 
+// checkpointPause is the least between two checkpoints.
+const checkpointPause = time.Second / 4
+
 func (f *File) maybeCheckpoint() {
 	if f.checkpointing || f.closing || f.closed || f.err != nil {
 		return
@@ -42,7 +45,7 @@ func (f *File) maybeCheckpoint() {
 		(f.sinceCkpt == 0 || now-f.lastCkpt < every) || f.pinning {
 		return
 	}
-	if now-f.lastCkpt < time.Second/4 { // one that failed is not repeated at once
+	if now-f.lastCkpt < checkpointPause { // one that failed is not repeated at once
 		return
 	}
 	f.checkpointing = true

@@ -46,6 +46,7 @@ func (f *File) answer() {
 			return
 		}
 		f.maybeCheckpoint()
+		f.loop.After(checkpointPause, f.maybeCheckpoint) // if it was too soon: somebody may wait for it
 		f.answer()
 	})
 }
