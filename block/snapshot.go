@@ -246,7 +246,11 @@ func Clone(ctx context.Context, mds torus.MetadataService, parent *models.Volume
 	if size == 0 {
 		size = at.SizeBytes
 	}
-	if size < at.SizeBytes || size > MaxSize {
+	gmd, err := mds.GlobalMetadata(ctx)
+	if err != nil {
+		return nil, fail(err)
+	}
+	if size < at.SizeBytes || size > file.MaxSize(gmd.BlockSize) {
 		return nil, fail(fmt.Errorf("%d bytes for a clone of %d: %w", size, at.SizeBytes, torus.ErrInvalid))
 	}
 	v := &models.Volume{
@@ -256,7 +260,7 @@ func Clone(ctx context.Context, mds torus.MetadataService, parent *models.Volume
 	if err := mds.CreateVolume(ctx, v); err != nil {
 		return nil, fail(err)
 	}
-	_, err := amend(ctx, mds, torus.VolumeID(parent.Id), func(s *models.VolumeState) error {
+	_, err = amend(ctx, mds, torus.VolumeID(parent.Id), func(s *models.VolumeState) error {
 		if !file.Kept(s, at) {
 			return fmt.Errorf("what it was then is not kept any more: %w", torus.ErrNotExist)
 		}
@@ -384,13 +388,18 @@ func Flatten(ctx context.Context, mds torus.MetadataService, name string) (bool,
 
 // Grow makes a volume larger, also while it is attached. Errors: torus.ErrInvalid if it is not larger than it was.
 func Grow(ctx context.Context, mds torus.MetadataService, name string, size uint64) error {
+	gmd, err := mds.GlobalMetadata(ctx)
+	if err != nil {
+		return err
+	}
+	most := file.MaxSize(gmd.BlockSize)
 	var v *models.Volume
-	err := mds.UpdateVolume(ctx, name, func(x *models.Volume) error {
+	err = mds.UpdateVolume(ctx, name, func(x *models.Volume) error {
 		switch {
 		case size < x.SizeBytes:
 			return &torus.Error{Op: "resize", Obj: "volume " + name, Err: fmt.Errorf("%d bytes is less than its %d: %w", size, x.SizeBytes, torus.ErrInvalid), Hint: "What lies behind would be lost."}
-		case size > MaxSize || size%512 != 0:
-			return &torus.Error{Op: "resize", Obj: "volume " + name, Err: fmt.Errorf("a size of %d bytes: %w", size, torus.ErrInvalid), Hint: "It must be whole sectors, and at most 16TiB."}
+		case size > most || size%512 != 0:
+			return &torus.Error{Op: "resize", Obj: "volume " + name, Err: fmt.Errorf("a size of %d bytes: %w", size, torus.ErrInvalid), Hint: fmt.Sprintf("It must be whole sectors, and at most %d GiB.", most>>30)}
 		}
 		x.SizeBytes = size
 		v = x

@@ -18,9 +18,6 @@ import (
 // VolumeType is the type of volume this package serves.
 const VolumeType = "block"
 
-// MaxSize bounds the size of a volume: what a block table of 24-bit places can list, less room for what is overwritten.
-const MaxSize = 16 << 40
-
 // Create records a new volume of size bytes. spec is its blockset, "" for the cluster's default.
 // Errors: torus.ErrInvalid, torus.ErrExists.
 func Create(ctx context.Context, mds torus.MetadataService, name string, size uint64, spec string) (*models.Volume, error) {
@@ -33,14 +30,15 @@ func Create(ctx context.Context, mds torus.MetadataService, name string, size ui
 	switch {
 	case size == 0:
 		return nil, fail(fmt.Errorf("a size of 0: %w", torus.ErrInvalid), "Give a size such as 10GiB.")
-	case size > MaxSize:
-		return nil, fail(fmt.Errorf("%d bytes is more than a volume can have (16TiB): %w", size, torus.ErrInvalid), "Make several smaller volumes.")
 	case size%512 != 0:
 		return nil, fail(fmt.Errorf("%d bytes is not a multiple of 512: %w", size, torus.ErrInvalid), "Round it to a whole sector.")
 	}
 	gmd, err := mds.GlobalMetadata(ctx)
 	if err != nil {
 		return nil, fail(err, "")
+	}
+	if most := file.MaxSize(gmd.BlockSize); size > most {
+		return nil, fail(fmt.Errorf("%d bytes is more than a volume can have (%d GiB, with blocks of %d KiB): %w", size, most>>30, gmd.BlockSize>>10, torus.ErrInvalid), "Make several smaller volumes.")
 	}
 	if spec == "" {
 		spec = gmd.DefaultBlockSpec

@@ -259,7 +259,7 @@ func (f *File) freeze() (*frozen, error) {
 
 // inodeNeeds bounds from above how many pages the next INode takes.
 func (f *File) inodeNeeds(z *frozen) int {
-	size := 128 + 9*len(f.m.top) + (64+24*f.repl)*(len(f.table.pages)+2)
+	size := 128 + 9*len(f.m.top) + tablePage*(len(f.table.pages)+2)
 	if z != nil {
 		size += proto.Size(&models.INode{History: z.history, Marks: z.marks})
 	} else {
@@ -271,9 +271,21 @@ func (f *File) inodeNeeds(z *frozen) int {
 	return (size + pageSize - 1) / pageSize
 }
 
+// tablePage is the most bytes that a models.TablePage takes with numbers below 2^56.
+const tablePage = 2 + 1 + 8 + 1 + 8 + 1 + 2 + 1 + 4 + 1 + 3
+
 // inodeMost is how many it may take: it lies in one record of one block.
-func (f *File) inodeMost() int {
-	return min(record.MaxPages, int(f.cfg.BlockSize)/pageSize-1)
+func (f *File) inodeMost() int { return inodeMost(uint64(f.cfg.BlockSize)) }
+
+func inodeMost(blockSize uint64) int {
+	return min(record.MaxPages, int(blockSize/pageSize)-1)
+}
+
+// MaxSize is how large a volume may be, in bytes, by the size of blocks: an INode must be able to list it, written to the last page, with what compaction
+// leaves behind, and the log of a busy hour. Whole GiB.
+func MaxSize(blockSize uint64) uint64 {
+	blocks := min(uint64(inodeMost(blockSize)-8)*pageSize/tablePage*tablePageSlots, maxTable)
+	return blocks * blockSize / 10 * 7 >> 30 << 30
 }
 
 // tableFull reports whether the volume cannot list more blocks: their places have 24 bits in an entry of the map, and the pages
@@ -395,14 +407,12 @@ func (f *File) freezeTable(z *frozen) error {
 			at[p] = placed{z.cur, z.cur.pages - 1}
 			old := t.pages[p]
 			if old != nil {
-				if slot, ok := t.byRef[extentRef(f.vol, old)]; ok {
+				if slot, ok := t.byRef[pageRef(f.vol, old)]; ok {
 					f.count(z, slot, -1)
 				}
 			}
 			b := &t.e[e.slot()]
-			t.pages[p] = &models.Extent{
-				Epoch: uint64(b.ref.INode), Index: uint64(b.ref.Index), Offset: e.page() * pageSize, Length: pageSize, Set: t.sets[b.set],
-			}
+			t.pages[p] = &models.TablePage{Epoch: uint64(b.ref.INode), Index: uint64(b.ref.Index), Page: e.page(), Set: uint32(b.set)}
 			z.undo = append(z.undo, func() { t.pages[p], t.dirty[p] = old, true })
 		}
 		if !again && z.cur != nil {

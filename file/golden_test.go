@@ -70,7 +70,7 @@ func TestFormatGolden(t *testing.T) {
 
 	inode, err := proto.MarshalOptions{Deterministic: true}.Marshal(&models.INode{
 		Format: 1, Volume: 5, Epoch: 6, Number: 9, Seq: 1000, SizeBytes: 1 << 30, Top: []uint64{uint64(node[0])},
-		Table: []*models.Extent{{Epoch: 6, Index: 8, Offset: 8192, Length: 4096, Crc32C: 0x01020304, Set: ps}},
+		Table: []*models.TablePage{{Epoch: 6, Index: 8, Page: 2, Crc32C: 0x01020304, Set: 0}},
 		Sets:  []*models.PlacementSet{ps, {RingVersion: 4, Replication: 2, Peers: [][]byte{bytes.Repeat([]byte{1}, 16), bytes.Repeat([]byte{2}, 16)}}},
 	})
 	if err != nil {

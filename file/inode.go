@@ -19,11 +19,6 @@ func (f *File) loadInode(t *loop.Task, vol torus.VolumeID, h *models.Head) error
 	if err != nil {
 		return err
 	}
-	for _, x := range n.Table {
-		if err := f.dist.NeedRing(t, x.Set.RingVersion); err != nil {
-			return again(err)
-		}
-	}
 	if err := f.table.read(t, f, vol, n); err != nil {
 		return err
 	}
@@ -76,7 +71,7 @@ func (f *File) readInode(t *loop.Task, vol torus.VolumeID, h *models.Head) (*mod
 // read reads the pages of the table that an INode names.
 func (tab *table) read(t *loop.Task, f *File, vol torus.VolumeID, n *models.INode) error {
 	for _, x := range n.Table {
-		if err := f.dist.NeedRing(t, x.Set.RingVersion); err != nil {
+		if err := f.dist.NeedRing(t, n.Sets[x.Set].RingVersion); err != nil {
 			return again(err)
 		}
 	}
@@ -86,7 +81,7 @@ func (tab *table) read(t *loop.Task, f *File, vol torus.VolumeID, n *models.INod
 	const atOnce = 64
 	for i := 0; i < len(pages); i += atOnce {
 		t.All(min(atOnce, len(pages)-i), func(k int, done func()) {
-			f.startExtent(vol, n.Table[i+k], func(b []byte, err error) {
+			f.startExtent(vol, pageExtent(n, n.Table[i+k]), func(b []byte, err error) {
 				pages[i+k] = b
 				if err != nil {
 					failed = fmt.Errorf("block table page %d: %w", i+k, err)
@@ -120,6 +115,16 @@ func (f *File) adoptTop(n *models.INode) error {
 	return nil
 }
 
+// pageExtent says where a page of an INode's table is.
+func pageExtent(n *models.INode, x *models.TablePage) *models.Extent {
+	return &models.Extent{Epoch: x.Epoch, Index: x.Index, Offset: x.Page * pageSize, Length: pageSize, Crc32C: x.Crc32C, Set: n.Sets[x.Set]}
+}
+
+// pageRef is the block that a page of the table of a volume is in.
+func pageRef(vol torus.VolumeID, x *models.TablePage) torus.BlockRef {
+	return torus.BlockRef{Type: torus.TypeINode, Volume: vol, INode: torus.INodeID(x.Epoch), Index: torus.IndexID(x.Index)}
+}
+
 func extentRef(vol torus.VolumeID, x *models.Extent) torus.BlockRef {
 	return torus.BlockRef{Type: torus.TypeINode, Volume: vol, INode: torus.INodeID(x.Epoch), Index: torus.IndexID(x.Index)}
 }
@@ -137,11 +142,8 @@ func parseINode(b []byte, blockSize uint32) (*models.INode, error) {
 		return nil, fmt.Errorf("a block table of %d pages: %w", len(n.Table), torus.ErrCorrupt)
 	}
 	for i, x := range n.Table {
-		if err := checkExtent(x, blockSize); err != nil {
-			return nil, fmt.Errorf("block table page %d: %w", i, err)
-		}
-		if x.Length != pageSize {
-			return nil, fmt.Errorf("block table page %d of %d bytes: %w", i, x.Length, torus.ErrCorrupt)
+		if x == nil || x.Page >= blockSize/pageSize || int(x.Set) >= len(n.Sets) {
+			return nil, fmt.Errorf("block table page %d cannot be where it is said to be (%v): %w", i, x, torus.ErrCorrupt)
 		}
 	}
 	for i, s := range n.Sets {

@@ -20,9 +20,9 @@ func FuzzINode(f *testing.F) {
 		}
 		f.Add(b)
 	}
-	add(&models.INode{Format: 1, Table: []*models.Extent{{Length: pageSize, Set: set}}, Sets: []*models.PlacementSet{set}, Top: []uint64{1 << 63}})
-	add(&models.INode{Format: 1, Table: []*models.Extent{{Length: pageSize}}})
-	add(&models.INode{Format: 1, Table: []*models.Extent{{Offset: 1 << 31, Length: pageSize, Set: set}}})
+	add(&models.INode{Format: 1, Table: []*models.TablePage{{Page: 7}}, Sets: []*models.PlacementSet{set}, Top: []uint64{1 << 63}})
+	add(&models.INode{Format: 1, Table: []*models.TablePage{{Page: 7}}})
+	add(&models.INode{Format: 1, Table: []*models.TablePage{{Page: 1 << 31}}, Sets: []*models.PlacementSet{set}})
 	add(&models.INode{Format: 1, Sets: []*models.PlacementSet{{Peers: [][]byte{{1}}}}})
 	add(&models.INode{Format: 2})
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -35,7 +35,7 @@ func FuzzINode(f *testing.F) {
 			return
 		}
 		for _, x := range n.Table {
-			if x.Length != pageSize || uint64(x.Offset)+pageSize > block || x.Set == nil {
+			if x.Page >= block/pageSize || int(x.Set) >= len(n.Sets) {
 				t.Fatalf("%v was let through", x)
 			}
 		}

@@ -64,8 +64,9 @@ func ReadInventory(t *loop.Task, cfg InventoryConfig, s *models.VolumeState) (*I
 	if err != nil {
 		return nil, fmt.Errorf("inventory of volume %x: %w", uint64(cfg.Volume), err)
 	}
-	for _, x := range append(f.table.pages, s.Head.Inode) {
-		v.roots[extentRef(cfg.Volume, x)] = true
+	v.roots[extentRef(cfg.Volume, s.Head.Inode)] = true
+	for _, x := range f.table.pages {
+		v.roots[pageRef(cfg.Volume, x)] = true
 	}
 	for i := range f.table.e {
 		switch e := &f.table.e[i]; {

@@ -162,20 +162,27 @@ func (f *File) recount(t *loop.Task, vol torus.VolumeID, h *models.Head, n *mode
 	if err := then.read(t, f, vol, n); err != nil {
 		return err
 	}
+	drop := func(ref torus.BlockRef, pages int) error {
+		slot, ok := then.byRef[ref]
+		if !ok {
+			return fmt.Errorf("INode %d does not list its own blocks: %w", n.Number, torus.ErrCorrupt)
+		}
+		then.addLive(slot, -pages)
+		return nil
+	}
+	for _, x := range n.Table {
+		if err := drop(pageRef(vol, x), 1); err != nil {
+			return err
+		}
+	}
 	if h != nil {
-		for _, x := range append(slices.Clone(n.Table), h.Inode) {
-			slot, ok := then.byRef[extentRef(vol, x)]
-			if !ok {
-				return fmt.Errorf("INode %d does not list its own blocks: %w", n.Number, torus.ErrCorrupt)
-			}
-			pages := 1
-			if x == h.Inode {
-				var err error
-				if pages, err = f.inodePages(t, extentRef(vol, x), x); err != nil {
-					return err
-				}
-			}
-			then.addLive(slot, -pages)
+		ref := extentRef(vol, h.Inode)
+		pages, err := f.inodePages(t, ref, h.Inode)
+		if err == nil {
+			err = drop(ref, pages)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	for i := range f.table.e {

@@ -114,7 +114,7 @@ func TestTableFull(t *testing.T) {
 	c := r.attach(nil)
 	b := bytes.Repeat([]byte{9}, 4096)
 	c.must(&device.Request{Op: device.Write, Data: b, Flags: device.FUA})
-	c.l.Post(func() { c.f.FillTable(330_000) })
+	c.l.Post(func() { c.f.FillTable(650_000) })
 	var err error
 	for i := 0; err == nil && i < 20; i++ {
 		err = c.do(&device.Request{Op: device.Write, Off: 4096, Data: make([]byte, 64<<10)})

@@ -36,8 +36,8 @@ type table struct {
 	e        []tableEntry
 	free     []uint32
 	byRef    map[torus.BlockRef]uint32
-	dirty    []bool           // pages changed since they were last written
-	pages    []*models.Extent // where each page was last written
+	dirty    []bool              // pages changed since they were last written
+	pages    []*models.TablePage // where each page was last written
 	sets     []*models.PlacementSet
 	setID    map[string]uint16
 	freeSets []uint16 // indexes of sets that no block of the INode attached from was in

@@ -1355,7 +1355,7 @@ type INode struct {
 	Seq           uint64                 `protobuf:"varint,5,opt,name=seq,proto3" json:"seq,omitempty"` // the last record it covers
 	SizeBytes     uint64                 `protobuf:"varint,6,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	Top           []uint64               `protobuf:"fixed64,7,rep,packed,name=top,proto3" json:"top,omitempty"` // map entries of the interior nodes, one a GiB
-	Table         []*Extent              `protobuf:"bytes,8,rep,name=table,proto3" json:"table,omitempty"`      // the block table's pages, in order
+	Table         []*TablePage           `protobuf:"bytes,8,rep,name=table,proto3" json:"table,omitempty"`      // the block table's pages, in order
 	Sets          []*PlacementSet        `protobuf:"bytes,9,rep,name=sets,proto3" json:"sets,omitempty"`        // what the table's entries refer to
 	History       []*Head                `protobuf:"bytes,10,rep,name=history,proto3" json:"history,omitempty"` // earlier INodes: [i] is the last whose number, divided by 2^i, is less than this one's; each once, newest first
 	Marks         []*Mark                `protobuf:"bytes,11,rep,name=marks,proto3" json:"marks,omitempty"`     // some of the INodes that the volume can be rewound to, oldest first
@@ -1442,7 +1442,7 @@ func (x *INode) GetTop() []uint64 {
 	return nil
 }
 
-func (x *INode) GetTable() []*Extent {
+func (x *INode) GetTable() []*TablePage {
 	if x != nil {
 		return x.Table
 	}
@@ -1470,6 +1470,83 @@ func (x *INode) GetMarks() []*Mark {
 	return nil
 }
 
+// TablePage is where a page of the block table is: in a block of type INode of the same volume.
+type TablePage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Epoch         uint64                 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"` // BlockRef.INode
+	Index         uint64                 `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"` // BlockRef.Index
+	Page          uint32                 `protobuf:"varint,3,opt,name=page,proto3" json:"page,omitempty"`   // within the block
+	Crc32C        uint32                 `protobuf:"fixed32,4,opt,name=crc32c,proto3" json:"crc32c,omitempty"`
+	Set           uint32                 `protobuf:"varint,5,opt,name=set,proto3" json:"set,omitempty"` // where the block is: index into the INode's sets
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TablePage) Reset() {
+	*x = TablePage{}
+	mi := &file_models_torus_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TablePage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TablePage) ProtoMessage() {}
+
+func (x *TablePage) ProtoReflect() protoreflect.Message {
+	mi := &file_models_torus_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TablePage.ProtoReflect.Descriptor instead.
+func (*TablePage) Descriptor() ([]byte, []int) {
+	return file_models_torus_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *TablePage) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *TablePage) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *TablePage) GetPage() uint32 {
+	if x != nil {
+		return x.Page
+	}
+	return 0
+}
+
+func (x *TablePage) GetCrc32C() uint32 {
+	if x != nil {
+		return x.Crc32C
+	}
+	return 0
+}
+
+func (x *TablePage) GetSet() uint32 {
+	if x != nil {
+		return x.Set
+	}
+	return 0
+}
+
 // Mark says which INode was the newest at some time.
 type Mark struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1481,7 +1558,7 @@ type Mark struct {
 
 func (x *Mark) Reset() {
 	*x = Mark{}
-	mi := &file_models_torus_proto_msgTypes[17]
+	mi := &file_models_torus_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1493,7 +1570,7 @@ func (x *Mark) String() string {
 func (*Mark) ProtoMessage() {}
 
 func (x *Mark) ProtoReflect() protoreflect.Message {
-	mi := &file_models_torus_proto_msgTypes[17]
+	mi := &file_models_torus_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1506,7 +1583,7 @@ func (x *Mark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mark.ProtoReflect.Descriptor instead.
 func (*Mark) Descriptor() ([]byte, []int) {
-	return file_models_torus_proto_rawDescGZIP(), []int{17}
+	return file_models_torus_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Mark) GetNumber() uint64 {
@@ -1657,7 +1734,7 @@ const file_models_torus_proto_rawDesc = "" +
 	"\toverrides\x18\x05 \x03(\v2\x1b.models.Span.OverridesEntryR\toverrides\x1aR\n" +
 	"\x0eOverridesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\x04R\x03key\x12*\n" +
-	"\x05value\x18\x02 \x01(\v2\x14.models.PlacementSetR\x05value:\x028\x01\"\xc4\x02\n" +
+	"\x05value\x18\x02 \x01(\v2\x14.models.PlacementSetR\x05value:\x028\x01\"\xc7\x02\n" +
 	"\x05INode\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x16\n" +
 	"\x06volume\x18\x02 \x01(\x04R\x06volume\x12\x14\n" +
@@ -1666,12 +1743,18 @@ const file_models_torus_proto_rawDesc = "" +
 	"\x03seq\x18\x05 \x01(\x04R\x03seq\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\x06 \x01(\x04R\tsizeBytes\x12\x10\n" +
-	"\x03top\x18\a \x03(\x06R\x03top\x12$\n" +
-	"\x05table\x18\b \x03(\v2\x0e.models.ExtentR\x05table\x12(\n" +
+	"\x03top\x18\a \x03(\x06R\x03top\x12'\n" +
+	"\x05table\x18\b \x03(\v2\x11.models.TablePageR\x05table\x12(\n" +
 	"\x04sets\x18\t \x03(\v2\x14.models.PlacementSetR\x04sets\x12&\n" +
 	"\ahistory\x18\n" +
 	" \x03(\v2\f.models.HeadR\ahistory\x12\"\n" +
-	"\x05marks\x18\v \x03(\v2\f.models.MarkR\x05marks\"7\n" +
+	"\x05marks\x18\v \x03(\v2\f.models.MarkR\x05marks\"u\n" +
+	"\tTablePage\x12\x14\n" +
+	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x14\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\x12\x12\n" +
+	"\x04page\x18\x03 \x01(\rR\x04page\x12\x16\n" +
+	"\x06crc32c\x18\x04 \x01(\aR\x06crc32c\x12\x10\n" +
+	"\x03set\x18\x05 \x01(\rR\x03set\"7\n" +
 	"\x04Mark\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x04R\x06number\x12\x17\n" +
 	"\atime_us\x18\x02 \x01(\x04R\x06timeUsB Z\x1egithub.com/coreos/torus/modelsb\x06proto3"
@@ -1688,7 +1771,7 @@ func file_models_torus_proto_rawDescGZIP() []byte {
 	return file_models_torus_proto_rawDescData
 }
 
-var file_models_torus_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_models_torus_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_models_torus_proto_goTypes = []any{
 	(*Global)(nil),       // 0: models.Global
 	(*Peer)(nil),         // 1: models.Peer
@@ -1707,14 +1790,15 @@ var file_models_torus_proto_goTypes = []any{
 	(*Window)(nil),       // 14: models.Window
 	(*Span)(nil),         // 15: models.Span
 	(*INode)(nil),        // 16: models.INode
-	(*Mark)(nil),         // 17: models.Mark
-	nil,                  // 18: models.Peer.LabelsEntry
-	nil,                  // 19: models.RingMember.LabelsEntry
-	nil,                  // 20: models.Span.OverridesEntry
+	(*TablePage)(nil),    // 17: models.TablePage
+	(*Mark)(nil),         // 18: models.Mark
+	nil,                  // 19: models.Peer.LabelsEntry
+	nil,                  // 20: models.RingMember.LabelsEntry
+	nil,                  // 21: models.Span.OverridesEntry
 }
 var file_models_torus_proto_depIdxs = []int32{
-	18, // 0: models.Peer.labels:type_name -> models.Peer.LabelsEntry
-	19, // 1: models.RingMember.labels:type_name -> models.RingMember.LabelsEntry
+	19, // 0: models.Peer.labels:type_name -> models.Peer.LabelsEntry
+	20, // 1: models.RingMember.labels:type_name -> models.RingMember.LabelsEntry
 	2,  // 2: models.Ring.members:type_name -> models.RingMember
 	10, // 3: models.Volume.origin:type_name -> models.Origin
 	11, // 4: models.VolumeState.head:type_name -> models.Head
@@ -1727,11 +1811,11 @@ var file_models_torus_proto_depIdxs = []int32{
 	12, // 11: models.Head.inode:type_name -> models.Extent
 	13, // 12: models.Extent.set:type_name -> models.PlacementSet
 	15, // 13: models.Window.spans:type_name -> models.Span
-	20, // 14: models.Span.overrides:type_name -> models.Span.OverridesEntry
-	12, // 15: models.INode.table:type_name -> models.Extent
+	21, // 14: models.Span.overrides:type_name -> models.Span.OverridesEntry
+	17, // 15: models.INode.table:type_name -> models.TablePage
 	13, // 16: models.INode.sets:type_name -> models.PlacementSet
 	11, // 17: models.INode.history:type_name -> models.Head
-	17, // 18: models.INode.marks:type_name -> models.Mark
+	18, // 18: models.INode.marks:type_name -> models.Mark
 	13, // 19: models.Span.OverridesEntry.value:type_name -> models.PlacementSet
 	20, // [20:20] is the sub-list for method output_type
 	20, // [20:20] is the sub-list for method input_type
@@ -1751,7 +1835,7 @@ func file_models_torus_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_models_torus_proto_rawDesc), len(file_models_torus_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   21,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -65,7 +65,10 @@ func (x *committed) load() (*committed, error) {
 		return nil, violated("C1", "INode %d up to record %d, its head says %d, %d", x.inode.Number, x.inode.Seq, head.Number, head.Seq)
 	}
 	for i, page := range x.inode.Table {
-		b, err := x.extent(page)
+		if int(page.Set) >= len(x.inode.Sets) {
+			return nil, violated("C1", "block table page %d names set %d of %d", i, page.Set, len(x.inode.Sets))
+		}
+		b, err := x.extent(&models.Extent{Epoch: page.Epoch, Index: page.Index, Offset: page.Page * 4096, Length: 4096, Crc32C: page.Crc32C, Set: x.inode.Sets[page.Set]})
 		if err != nil {
 			return nil, fmt.Errorf("%w (block table page %d)", err, i)
 		}

@@ -149,9 +149,13 @@ func (w *Witness) read(volume torus.VolumeID, h *models.Head) *committedHead {
 		return x // nobody can say at this moment
 	}
 	x.lists, x.roots = map[torus.BlockRef]bool{}, map[torus.BlockRef]bool{}
-	for _, e := range append(t.inode.Table, h.Inode) {
-		ref := torus.BlockRef{Type: torus.TypeINode, Volume: volume, INode: torus.INodeID(e.Epoch), Index: torus.IndexID(e.Index)}
+	root := func(epoch, index uint64) {
+		ref := torus.BlockRef{Type: torus.TypeINode, Volume: volume, INode: torus.INodeID(epoch), Index: torus.IndexID(index)}
 		x.lists[ref], x.roots[ref] = true, true
+	}
+	root(h.Inode.Epoch, h.Inode.Index)
+	for _, e := range t.inode.Table {
+		root(e.Epoch, e.Index)
 	}
 	for _, b := range t.blocks {
 		if b.used && b.live > 0 {

@@ -28,7 +28,7 @@ func TestVolumes(t *testing.T) {
 	c.run("volume", "create-block", "v1", "1GiB").CheckFailure(t, "volume v1", "already exists", "torusctl volume delete v1")
 	c.run("volume", "create-block", "v", "0").CheckFailure(t, "volume v", "size")
 	c.run("volume", "create-block", "v", "1000").CheckFailure(t, "volume v", "multiple of 512")
-	c.run("volume", "create-block", "v", "1000TiB").CheckFailure(t, "volume v", "16TiB")
+	c.run("volume", "create-block", "v", "1000TiB").CheckFailure(t, "volume v", "GiB, with blocks of")
 	c.run("volume", "create-block", "v@s", "1GiB").CheckFailure(t, "v@s", "letters")
 	c.run("volume", "create-block", "v", "1GiB", "--block-spec", "raid").CheckFailure(t, "raid", "rep=N")
 	c.run("volume", "info", "v").CheckFailure(t, "volume v", "does not exist", "torusctl volume list")
