@@ -29,7 +29,7 @@ var arrows = map[string]string{
 	"transport/tdp":            ". buf loop record transport",
 	"storage":                  ". buf loop record vfs",
 	"peer":                     ". loop record vfs",
-	"distributor":              ". models loop",
+	"distributor":              ". models buf loop",
 	"peer/repair":              ". models loop record distributor file",
 	"file":                     ". models buf loop record device distributor",
 	"block":                    ". models loop blockset device distributor file",
