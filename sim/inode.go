@@ -3,7 +3,6 @@ package sim
 import (
 	"encoding/binary"
 	"fmt"
-	"slices"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -269,18 +268,20 @@ func (x *committed) countRoots() error {
 		slots[b.ref] = uint32(i)
 	}
 	head := x.c.MDS.Peek(torus.VolumeID(x.vol.Id)).GetHead()
-	for _, e := range append(slices.Clone(x.inode.Table), head.Inode) {
-		ref := torus.BlockRef{Type: torus.TypeINode, Volume: torus.VolumeID(x.vol.Id), INode: torus.INodeID(e.Epoch), Index: torus.IndexID(e.Index)}
-		n := 1
-		if e == head.Inode { // in a record by itself
-			var h record.Header
-			if _, err := x.read(ref, e.Offset-PageSize, PageSize, x.c.placement(ref, e.Set), func(b []byte) bool { return h.Decode(b) == nil }); err != nil {
-				return err
-			}
-			n = h.Pages()
-		}
-		x.live[slots[ref]] += n
+	root := func(epoch, index uint64) torus.BlockRef {
+		return torus.BlockRef{Type: torus.TypeINode, Volume: torus.VolumeID(x.vol.Id), INode: torus.INodeID(epoch), Index: torus.IndexID(index)}
 	}
+	for _, p := range x.inode.Table {
+		x.live[slots[root(p.Epoch, p.Index)]]++
+	}
+	// The INode is in a record by itself.
+	e := head.Inode
+	ref := root(e.Epoch, e.Index)
+	var h record.Header
+	if _, err := x.read(ref, e.Offset-PageSize, PageSize, x.c.placement(ref, e.Set), func(b []byte) bool { return h.Decode(b) == nil }); err != nil {
+		return err
+	}
+	x.live[slots[ref]] += h.Pages()
 	return nil
 }
 
