@@ -168,7 +168,7 @@ func startSockets(b testing.TB) (*loop.Epoll, *file.File) {
 		file.Open(file.Config{
 			Loop: l, Dist: dist, MDS: admin, Volume: volume, BlockSize: torus.DefaultBlockSize, Lease: lease, Holder: &models.Holder{Host: "client"},
 			CheckpointBytes: 8 << 20, WallClock: time.Now,
-			Utilisation:     -1, // what compaction costs depends on what was written before
+			Utilisation: -1, // what compaction costs depends on what was written before
 		}, func(f *file.File, err error) { result <- attached{f, err} })
 	})
 	a := <-result
