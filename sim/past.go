@@ -99,6 +99,11 @@ func pages(img []byte) func(page uint64) ([]byte, error) {
 // pinned takes up which snapshots a volume has, after each change of its state.
 func (v *volume) pinned() {
 	st := v.r.MDS.Peek(torus.VolumeID(v.info.Id))
+	for _, p := range st.GetPins() {
+		if base := p.At.GetBase(); st.GetHead().GetNumber() == base.GetNumber()+1 && st.Head.Seq < p.At.Seq {
+			v.r.fail(violated("S1", "%s of volume %s ends with record %d, and INode %d, which is to list its log, with %d", p.Name, v.info.Name, p.At.Seq, st.Head.Number, st.Head.Seq))
+		}
+	}
 	has := map[string]bool{}
 	for _, p := range block.Snapshots(st) {
 		has[p.Name] = true

@@ -251,6 +251,11 @@ var mutants = []Mutant{
 		Edits: []Edit{{"p.At.Seq > z.head.Seq {", "p.At.Seq > z.head.Seq && f.err != nil {"}},
 	},
 	{
+		Name: "commit-anew", Rule: "a transaction whose answer was lost is laid out anew, and not known again when it was made", File: "file/window.go",
+		Edits:   []Edit{{"		if amended {\n", "		if amended || err != nil {\n"}},
+		Package: "./sim", Test: "^TestSeedsThatFoundSomething$",
+	},
+	{
 		Name: "retained-too-short", Rule: "what rewinding needs is let go in half of the time", File: "file/history.go",
 		Edits: []Edit{{"marks[0].TimeUs+retain <= now", "marks[0].TimeUs+retain/2 <= now"}},
 	},
@@ -260,7 +265,7 @@ var mutants = []Mutant{
 	},
 	{
 		Name: "recount-own-pages", Rule: "going back counts the pages of the old INode itself as alive", File: "file/snapshot.go",
-		Edits: []Edit{{"			then.addLive(slot, -pages)\n", "			then.addLive(slot, pages-pages)\n"}},
+		Edits: []Edit{{"		then.addLive(slot, -pages)\n", "		then.addLive(slot, pages-pages)\n"}},
 	},
 	{
 		Name: "own-but-for-snapshots", Rule: "a clone whose snapshots still refer to its origin counts as one that does not", File: "file/checkpoint.go",
