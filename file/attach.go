@@ -244,6 +244,9 @@ func (a *recovery) run() error {
 	if f.state.Deleted {
 		return fmt.Errorf("it has been deleted, and is kept for its clones: %w", torus.ErrNotExist)
 	}
+	if err := a.size(); err != nil {
+		return err
+	}
 	head := f.state.Head
 	f.table.init()
 	f.m.init(f.size, f.cfg.MapBytes, f.readNode, f.checkNode)
@@ -346,6 +349,25 @@ func (a *recovery) discard() {
 			}})
 		}
 	}
+}
+
+// size finds out how large the volume is by now: it may have grown while this attach waited. From here on whoever has it grow asks us.
+func (a *recovery) size() (err error) {
+	f := a.f
+	var v *models.Volume
+	a.t.Call(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), mdsTimeout)
+		defer cancel()
+		v, err = f.cfg.MDS.Volume(ctx, f.cfg.Volume.Name)
+	})
+	switch {
+	case errors.Is(err, torus.ErrNotExist) || err == nil && v.Id != uint64(f.vol):
+		return fmt.Errorf("it has been deleted: %w", torus.ErrNotExist)
+	case err != nil:
+		return again(err)
+	}
+	f.size = v.SizeBytes
+	return nil
 }
 
 // load reads what was committed: the head, or what the volume is to be taken back to, or what it was cloned from.
