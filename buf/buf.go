@@ -70,6 +70,3 @@ func aligned(n int) []byte {
 func offset(b []byte) int {
 	return int(-uintptr(unsafe.Pointer(unsafe.SliceData(b))) & (pageSize - 1))
 }
-
-// Aligned returns n bytes of fresh, page-aligned, zeroed memory (for O_DIRECT).
-func Aligned(n int) []byte { return aligned(n) }

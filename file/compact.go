@@ -27,7 +27,7 @@ const (
 	compactBehind = 0.04
 )
 
-// page on the move.
+// moving is a page on the move.
 type moving struct {
 	page uint64
 	from entry
@@ -40,12 +40,13 @@ func (f *File) maybeCompact() {
 	if f.compacting || f.closing || f.closed || f.err != nil || f.cfg.Utilisation <= 0 && !f.flattening || f.full {
 		return
 	}
-	if slots, _ := f.victims(); len(slots) == 0 {
+	slots, behind := f.victims()
+	if len(slots) == 0 {
 		return
 	}
 	f.compacting = true
 	loop.Go(f.loop, func(t *loop.Task) {
-		err := f.compactAll(t)
+		err := f.compactAll(t, slots, behind)
 		f.compacting = false
 		if f.flattening {
 			f.sinceCkpt++ // the next one has something to say, even if nothing is written: that the victims are of no more use
@@ -56,12 +57,9 @@ func (f *File) maybeCompact() {
 	})
 }
 
-func (f *File) compactAll(t *loop.Task) error {
-	for {
-		slots, behind := f.victims()
-		if len(slots) == 0 {
-			return nil
-		}
+// compactAll compacts victims until there are none.
+func (f *File) compactAll(t *loop.Task, slots []uint32, behind bool) error {
+	for ; len(slots) > 0; slots, behind = f.victims() {
 		for ; len(slots) > 0; slots = f.still(slots) {
 			began, log := f.loop.Now(), f.stats.LogBytes
 			n, pages := 0, 0
@@ -88,6 +86,7 @@ func (f *File) compactAll(t *loop.Task) error {
 			}
 		}
 	}
+	return nil
 }
 
 // still drops from a list of victims what has died in the meantime.
@@ -160,15 +159,14 @@ func (f *File) compact(t *loop.Task, slots []uint32) error {
 		return nil
 	}
 	slices.SortFunc(l, func(x, y moving) int { return cmp.Compare(x.page, y.page) })
-	b := buf.Get(len(l) * pageSize)
-	defer b.Release()
-	for i := range l {
-		l[i].data = b.Bytes()[i*pageSize:][:pageSize]
+	bufs, err := f.fetch(t, l)
+	if err == nil {
+		err = f.move(t, l)
 	}
-	if err := f.fetch(t, l); err != nil {
-		return err
+	for _, b := range bufs {
+		b.Release()
 	}
-	return f.move(t, l)
+	return err
 }
 
 // alive finds the pages of a block that the map points to.
@@ -236,8 +234,8 @@ func (f *File) eachLeaf(t *loop.Task, leaves []uint64, fn func(leaf uint64)) (fa
 	return failed
 }
 
-// fetch reads pages from wherever they are, adjacent ones together, and verifies each.
-func (f *File) fetch(t *loop.Task, l []moving) (failed error) {
+// fetch reads pages from wherever they are, adjacent ones together, and verifies each. The caller releases what they are in.
+func (f *File) fetch(t *loop.Task, l []moving) (bufs []*buf.Buf, failed error) {
 	at := make([]int, len(l)) // l by place
 	for i := range at {
 		at[i] = i
@@ -259,6 +257,7 @@ func (f *File) fetch(t *loop.Task, l []moving) (failed error) {
 		t.All(len(part), func(i int, done func()) {
 			run := part[i]
 			b := buf.Get(len(run) * pageSize)
+			bufs = append(bufs, b)
 			data := b.Bytes()[:len(run)*pageSize]
 			f.readAt(l[run[0]].from, data, nil, f.errFn, func(rd *distributor.Read) bool {
 				for k, x := range run {
@@ -272,15 +271,14 @@ func (f *File) fetch(t *loop.Task, l []moving) (failed error) {
 					failed = fmt.Errorf("compact %v: %w", rd.Ref, rd.Err)
 				}
 				for k, x := range run {
-					copy(l[x].data, data[k*pageSize:])
+					l[x].data = data[k*pageSize:][:pageSize]
 				}
 				rd.Release()
-				b.Release()
 				done()
 			})
 		})
 	}
-	return failed
+	return bufs, failed
 }
 
 // move writes pages to where they are to be, durably, and has the map point there.

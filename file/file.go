@@ -56,7 +56,7 @@ type Config struct {
 	To *models.Moment
 
 	RetainBytes     int    // bound of what is kept in memory until it is flushed; default 32 MiB
-	MapBytes        int    // bound of the map's leaves in memory; default 32 MiB
+	MapBytes        int    // bound of the map's leaves in memory; default 64 MiB
 	CheckpointBytes uint64 // of log between checkpoints; default 256 MiB
 	// Utilisation is the part of what data blocks hold that compaction keeps alive: 0.75 unless set; negative: no compaction.
 	Utilisation float64
@@ -173,8 +173,9 @@ type File struct {
 	moves         sideWriter // of compaction
 	checkpointing bool
 	compacting    bool
-	flattening    bool   // what is of the origin is being copied
-	pinning       bool   // a moment is being pinned; see answer
+	flattening    bool // what is of the origin is being copied
+	pinning       bool // a moment is being pinned; see answer
+	listing       listing
 	sinceCkpt     uint64 // log bytes applied since the last checkpoint began
 	lastCkpt      time.Duration
 	number        uint64         // of the newest INode

@@ -95,15 +95,23 @@ func (f *File) grow(size uint64) {
 	}
 }
 
-// unlisted reports whether a pinned moment reaches beyond the head, so that the blocks of its log are not listed yet.
+// listing is whether a state has a pinned moment that reaches beyond its head.
+type listing struct {
+	of     *models.VolumeState
+	beyond bool
+}
+
+// unlisted reports whether a pinned moment reaches beyond the head, so that the blocks of its log are not listed yet. It is asked after
+// every flush, so the pins are looked through once a state.
 func (f *File) unlisted() bool {
-	h := f.state.GetHead()
-	for _, p := range f.state.GetPins() {
-		if p.At.GetBase().GetNumber() == h.GetNumber() && p.At.Seq > h.GetSeq() {
-			return true
-		}
+	if l := &f.listing; l.of != f.state.VolumeState {
+		h := f.state.GetHead()
+		l.of = f.state.VolumeState
+		l.beyond = slices.ContainsFunc(f.state.GetPins(), func(p *models.Pin) bool {
+			return p.At.GetBase().GetNumber() == h.GetNumber() && p.At.Seq > h.GetSeq()
+		})
 	}
-	return false
+	return f.listing.beyond
 }
 
 // Settled reports whether all that a moment needs is listed by a volume's head, so that it can be opened.

@@ -143,10 +143,7 @@ func TestSnapshots(t *testing.T) {
 	for seed := range uint64(8) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			r := newRig(t, seed, 4, 2, 4<<20)
-			tune := func(c *file.Config) {
-				c.CheckpointBytes, c.CheckpointEvery = 1<<20, 5*time.Second
-				c.WallClock = func() time.Time { return time.Unix(1000, 0).Add(c.Loop.Now()) }
-			}
+			tune := r.tune()
 			c := r.attach(tune)
 			m := &model{r: r, b: make([]byte, r.size)}
 			type snap struct {
