@@ -55,26 +55,25 @@ func amend(ctx context.Context, mds torus.MetadataService, id torus.VolumeID, ch
 }
 
 // ask has the attached writer do something, and waits until done says that it is. false: nobody has the volume attached, and
-// nothing was asked.
-func ask(ctx context.Context, mds torus.MetadataService, id torus.VolumeID, a *models.Ask, done func(s *models.VolumeState, asked bool) bool) (bool, error) {
-	asked := false
-	withdraw := func() {
+// nothing was asked. What is not done when an error is returned is withdrawn, if the MDS can be reached; else the writer may do it later.
+func ask(ctx context.Context, mds torus.MetadataService, id torus.VolumeID, a *models.Ask, done func(s *models.VolumeState, asked bool) bool) (asked bool, err error) {
+	defer func() {
+		if !asked || err == nil {
+			return
+		}
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), mdsTimeout)
 		defer cancel()
 		_, _ = amend(ctx, mds, id, func(s *models.VolumeState) error {
 			s.Asks = slices.DeleteFunc(s.Asks, func(x *models.Ask) bool { return proto.Equal(x, a) })
 			return nil
 		})
-	}
+	}()
 	for {
 		st, err := mds.VolumeState(ctx, id)
-		switch {
-		case err != nil && asked:
-			withdraw()
-			return true, err
-		case err != nil:
-			return false, err
-		case done(st.VolumeState, asked):
+		if err != nil {
+			return asked, err
+		}
+		if done(st.VolumeState, asked) {
 			return true, nil
 		}
 		h, err := mds.Holder(ctx, id)
@@ -82,22 +81,20 @@ func ask(ctx context.Context, mds torus.MetadataService, id torus.VolumeID, a *m
 		case err != nil:
 			return asked, err
 		case h == nil && asked:
-			withdraw()
 			return true, fmt.Errorf("whoever had the volume attached has released it: %w", torus.ErrAgain)
 		case h == nil:
 			return false, nil
 		case !asked:
+			asked = true
 			if _, err := amend(ctx, mds, id, func(s *models.VolumeState) error {
 				s.Asks = append(s.Asks, a)
 				return nil
 			}); err != nil {
 				return true, err
 			}
-			asked = true
 		}
 		select {
 		case <-ctx.Done():
-			withdraw()
 			return true, fmt.Errorf("%s has not answered: %w", h.Host, ctx.Err())
 		case <-time.After(askEvery):
 		}
