@@ -162,7 +162,7 @@ func (x *foundRec) end() uint32 { return x.hdr.Offset + uint32(x.hdr.Size()) }
 func attach(t *loop.Task, cfg Config, o *opening) (_ *File, err error) {
 	f := &File{
 		cfg: cfg, loop: cfg.Loop, dist: cfg.Dist, log: cfg.Log, vol: torus.VolumeID(cfg.Volume.Id), size: cfg.Volume.SizeBytes,
-		repl: cfg.Replication,
+		repl: cfg.Replication, avoided: map[uint32]avoided{},
 	}
 	f.sealFn, f.errFn = f.sealDeferred, f.Err
 	o.f = f

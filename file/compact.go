@@ -3,7 +3,6 @@ package file
 import (
 	"cmp"
 	"errors"
-	"fmt"
 	"slices"
 	"time"
 
@@ -25,6 +24,8 @@ const (
 	compactPages = 1024
 	// compactBehind: so far below the target, compaction does not make way for anybody.
 	compactBehind = 0.04
+	// avoidFor is how long a block that could not be read is left alone: its peers may be back by then, or a copy mended.
+	avoidFor = time.Minute
 )
 
 // moving is a page on the move.
@@ -55,6 +56,27 @@ func (f *File) maybeCompact() {
 			f.log.Warn("compaction failed, trying again later", "err", err)
 		}
 	})
+}
+
+// avoided is a block that could not be compacted, and until when nobody tries again.
+type avoided struct {
+	ref   torus.BlockRef
+	until time.Duration
+}
+
+func (f *File) avoid(slot uint32, err error) {
+	ref := f.table.e[slot].ref
+	f.log.Warn("a block cannot be compacted, leaving it alone for a while", "block", ref, "err", err)
+	f.avoided[slot] = avoided{ref, f.loop.Now() + avoidFor}
+}
+
+func (f *File) avoids(slot uint32) bool {
+	a, ok := f.avoided[slot]
+	if ok && (a.until <= f.loop.Now() || a.ref != f.table.e[slot].ref) {
+		delete(f.avoided, slot)
+		ok = false
+	}
+	return ok
 }
 
 // compactAll compacts victims until there are none.
@@ -91,7 +113,10 @@ func (f *File) compactAll(t *loop.Task, slots []uint32, behind bool) error {
 
 // still drops from a list of victims what has died in the meantime.
 func (f *File) still(slots []uint32) []uint32 {
-	return slices.DeleteFunc(slots, func(s uint32) bool { e := &f.table.e[s]; return !e.used || e.live == 0 || !isData(e.ref.Type) })
+	return slices.DeleteFunc(slots, func(s uint32) bool {
+		e := &f.table.e[s]
+		return !e.used || e.live == 0 || !isData(e.ref.Type) || f.avoids(s)
+	})
 }
 
 // victims returns what to compact, best first: as much as brings the data blocks to the target, and not more than some at once. What a
@@ -108,10 +133,10 @@ func (f *File) victims() (slots []uint32, behind bool) {
 	lo := f.lowest()
 	for i := range f.table.e {
 		e := &f.table.e[i]
-		if e.used && e.live > 0 && isData(e.ref.Type) && e.ref.Volume != f.vol && !e.held && f.flattening && len(slots) < 16 {
+		if e.used && e.live > 0 && isData(e.ref.Type) && e.ref.Volume != f.vol && !e.held && f.flattening && len(slots) < 16 && !f.avoids(uint32(i)) {
 			slots = append(slots, uint32(i))
 		}
-		if !e.used || e.live == 0 || !isData(e.ref.Type) || e.ref.Volume != f.vol || e.held || f.moves.at(uint32(i)) ||
+		if !e.used || e.live == 0 || !isData(e.ref.Type) || e.ref.Volume != f.vol || e.held || f.moves.at(uint32(i)) || f.avoids(uint32(i)) ||
 			e.ref.Type == torus.TypeBlock && uint64(e.ref.INode) == f.epoch && uint64(e.ref.Index) >= lo {
 			continue
 		}
@@ -141,7 +166,7 @@ func (f *File) victims() (slots []uint32, behind bool) {
 	return slots, float64(live)/float64(length) < target-compactBehind
 }
 
-// compact moves what is alive in some blocks.
+// compact moves what is alive in some blocks. One that cannot be read is avoided for a while, and is not an error.
 func (f *File) compact(t *loop.Task, slots []uint32) error {
 	for _, s := range slots { // nobody else gets their places in the table meanwhile
 		f.table.e[s].held = true
@@ -151,18 +176,14 @@ func (f *File) compact(t *loop.Task, slots []uint32) error {
 	for _, s := range slots {
 		got, err := f.alive(t, s)
 		if err != nil {
-			return err
+			f.avoid(s, err)
+			continue
 		}
 		l = append(l, got...)
 	}
-	if len(l) == 0 {
-		return nil
-	}
 	slices.SortFunc(l, func(x, y moving) int { return cmp.Compare(x.page, y.page) })
-	bufs, err := f.fetch(t, l)
-	if err == nil {
-		err = f.move(t, l)
-	}
+	bufs := f.fetch(t, l)
+	err := f.move(t, slices.DeleteFunc(l, func(m moving) bool { return m.data == nil }))
 	for _, b := range bufs {
 		b.Release()
 	}
@@ -180,7 +201,7 @@ func (f *File) alive(t *loop.Task, slot uint32) (l []moving, err error) {
 		})
 	})
 	if err != nil {
-		return nil, fmt.Errorf("compact %v: %w", e.ref, err)
+		return nil, err
 	}
 	byLeaf := map[uint64][]moving{}
 	var order []uint64
@@ -234,8 +255,9 @@ func (f *File) eachLeaf(t *loop.Task, leaves []uint64, fn func(leaf uint64)) (fa
 	return failed
 }
 
-// fetch reads pages from wherever they are, adjacent ones together, and verifies each. The caller releases what they are in.
-func (f *File) fetch(t *loop.Task, l []moving) (bufs []*buf.Buf, failed error) {
+// fetch reads pages from wherever they are, adjacent ones together, and verifies each. The caller releases what they are in. The blocks
+// of those that could not be read, whose data stays nil, are avoided from then on.
+func (f *File) fetch(t *loop.Task, l []moving) (bufs []*buf.Buf) {
 	at := make([]int, len(l)) // l by place
 	for i := range at {
 		at[i] = i
@@ -251,11 +273,15 @@ func (f *File) fetch(t *loop.Task, l []moving) (bufs []*buf.Buf, failed error) {
 		n = k
 	}
 	const atOnce = 16
-	for len(runs) > 0 && failed == nil {
+	for len(runs) > 0 {
 		part := runs[:min(atOnce, len(runs))]
 		runs = runs[len(part):]
 		t.All(len(part), func(i int, done func()) {
 			run := part[i]
+			if f.avoids(l[run[0]].from.slot()) {
+				done()
+				return
+			}
 			b := buf.Get(len(run) * pageSize)
 			bufs = append(bufs, b)
 			data := b.Bytes()[:len(run)*pageSize]
@@ -268,21 +294,25 @@ func (f *File) fetch(t *loop.Task, l []moving) (bufs []*buf.Buf, failed error) {
 				return true
 			}, func(rd *distributor.Read) {
 				if rd.Err != nil {
-					failed = fmt.Errorf("compact %v: %w", rd.Ref, rd.Err)
-				}
-				for k, x := range run {
-					l[x].data = data[k*pageSize:][:pageSize]
+					f.avoid(l[run[0]].from.slot(), rd.Err)
+				} else {
+					for k, x := range run {
+						l[x].data = data[k*pageSize:][:pageSize]
+					}
 				}
 				rd.Release()
 				done()
 			})
 		})
 	}
-	return bufs, failed
+	return bufs
 }
 
 // move writes pages to where they are to be, durably, and has the map point there.
 func (f *File) move(t *loop.Task, l []moving) error {
+	if len(l) == 0 {
+		return nil
+	}
 	w := &f.moves
 	var recs []*sideRec
 	var r *sideRec

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/coreos/torus"
 	"github.com/coreos/torus/device"
 	"github.com/coreos/torus/file"
 )
@@ -82,6 +83,82 @@ func TestCompactionKeepsUp(t *testing.T) {
 				t.Errorf("%.2f bytes are written for each, more than %.1f", amplified, most)
 			}
 			r.v.RunFor(2 * time.Second)
+			c.detach()
+		})
+	}
+}
+
+// A block that is damaged in every copy, or out of reach, stays where it is, and the others are compacted nevertheless; once it is mended
+// it is compacted as well.
+func TestCompactionLeavesTheUnreadable(t *testing.T) {
+	const (
+		size  = 16 << 20
+		pages = size / 4096
+		kept  = rigBlock / 4096
+	)
+	for name, op := range map[string]torus.Op{"scan": torus.OpScan, "read": torus.OpRead} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, 1, 4, 2, size)
+			c := r.attach(func(cfg *file.Config) {
+				r.tune()(cfg)
+				cfg.CheckpointBytes = 1 << 20
+				cfg.Utilisation = 0.7
+			})
+			next := uint64(0)
+			c.overwrite(pages/32, time.Millisecond, func() uint64 { next++; return next - 1 }, func() {})
+			r.v.RunFor(time.Second)
+			bad := map[torus.BlockRef]bool{}
+			for _, p := range r.peers {
+				for ref := range p.blocks {
+					if ref.Type == torus.TypeBlock && ref.Index < 2 {
+						bad[ref] = true
+					}
+				}
+				p.drop = func(q *torus.Request) error {
+					if q.Op == op && bad[q.Ref] {
+						return torus.ErrCorrupt
+					}
+					return nil
+				}
+			}
+			if len(bad) == 0 {
+				t.Fatal("no block to damage")
+			}
+			c.overwrite(6*pages/32, 10*time.Millisecond, func() uint64 {
+				p := r.rng.Uint64N(pages)
+				if p < 2*kept && p%4 == 0 {
+					p++ // the others of the bad blocks stay alive
+				}
+				return p
+			}, func() {
+				const slack = (8 + 32) * rigBlock
+				if s := c.f.Stats(); float64(s.StoredBytes) > 1.5*float64(s.LiveBytes)+slack {
+					t.Fatalf("%d bytes are stored for %d alive", s.StoredBytes, s.LiveBytes)
+				}
+			})
+			left := func() (n int) {
+				for ref := range bad {
+					for _, p := range r.peers {
+						if p.blocks[ref] != nil {
+							n++
+						}
+					}
+				}
+				return n
+			}
+			if left() == 0 {
+				t.Fatal("what could not be read was deleted")
+			}
+			for _, p := range r.peers {
+				p.drop = nil
+			}
+			for i := 0; left() > 0; i++ { // it is among those that pay most, but nothing happens while enough is alive
+				if i == 10 {
+					t.Fatal("what can be read again is not compacted")
+				}
+				r.v.RunFor(time.Minute)
+				c.overwrite(pages/32, 10*time.Millisecond, func() uint64 { return 2*kept + r.rng.Uint64N(pages-2*kept) }, func() {})
+			}
 			c.detach()
 		})
 	}

@@ -174,6 +174,7 @@ type File struct {
 	checkpointing bool
 	compacting    bool
 	flattening    bool // what is of the origin is being copied
+	avoided       map[uint32]avoided
 	pinning       bool // a moment is being pinned; see answer
 	listing       listing
 	sinceCkpt     uint64 // log bytes applied since the last checkpoint began
