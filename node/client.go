@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"os"
@@ -14,6 +15,7 @@ import (
 	"github.com/coreos/torus/block"
 	"github.com/coreos/torus/device"
 	"github.com/coreos/torus/distributor"
+	"github.com/coreos/torus/file"
 	"github.com/coreos/torus/loop"
 	"github.com/coreos/torus/models"
 	"github.com/coreos/torus/ring"
@@ -191,6 +193,17 @@ func (d *Disk) WriteAt(b []byte, off int64) (int, error) {
 		return 0, err
 	}
 	return len(b), nil
+}
+
+// Places finds out where pages of a snapshot lie; see file.View.
+func (d *Disk) Places(first uint64, dst []file.Place) error {
+	v, ok := d.dev.(*file.View)
+	if !ok {
+		return fmt.Errorf("%s is no snapshot: %w", d.name, torus.ErrInvalid)
+	}
+	ended := make(chan error, 1)
+	d.c.loop.Post(func() { v.Places(first, dst, func(err error) { ended <- err }) })
+	return <-ended
 }
 
 // Flush makes durable what has been written.

@@ -45,10 +45,17 @@ func (c *ctl) withCluster(ctx context.Context, fn func(context.Context, *session
 	if s.global, err = s.GlobalMetadata(starting); err == nil {
 		err = fn(ctx, s)
 	}
-	if s.client != nil {
-		err = errors.Join(err, s.client.Close())
+	return where.Explain(errors.Join(err, s.disconnect()))
+}
+
+// disconnect releases what is attached, and leaves the peers.
+func (s *session) disconnect() error {
+	if s.client == nil {
+		return nil
 	}
-	return where.Explain(err)
+	p := s.client
+	s.client = nil
+	return p.Close()
 }
 
 // peers connects to the peers, once.

@@ -48,6 +48,7 @@ func rootCommand() *cobra.Command {
 		ringCommand(c),
 		volumeCommand(c),
 		blockCommand(c),
+		backupCommand(c),
 		configCommand(c),
 		cli.VersionCommand(),
 	)
