@@ -3,7 +3,9 @@ package backup_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
+	"maps"
 	"math/rand/v2"
 	"net/http/httptest"
 	"os"
@@ -380,6 +382,63 @@ func TestInterrupted(t *testing.T) {
 	p, err := r.Prune(t.Context(), backup.PruneConfig{})
 	if err != nil || p.Objects == 0 || len(objects(t, dir, "packs")) > 0 || len(objects(t, dir, "locks")) > 0 {
 		t.Errorf("prune: %+v, %v", p, err)
+	}
+}
+
+// The lock of a process that died beside us is in nobody's way; that of one elsewhere is, until it is stale.
+func TestDeadLock(t *testing.T) {
+	dir := t.TempDir()
+	r := open(t, dir)
+	v := newVolume(1)
+	cfg := config
+	var lock []byte
+	cfg.Progress = func(uint64, uint64) {
+		var err error
+		if lock, err = os.ReadFile(objects(t, dir, "locks")[0]); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := r.Create(t.Context(), v, cfg); err != nil {
+		t.Fatal(err)
+	}
+	var h map[string]any
+	if err := json.Unmarshal(lock, &h); err != nil || h["kernel"] == "" || h["started"] == "" {
+		t.Fatalf("%s: %v", lock, err)
+	}
+	left := filepath.Join(dir, "locks", "shared-1")
+	leave := func(key string, value any) {
+		t.Helper()
+		changed := maps.Clone(h)
+		changed[key] = value
+		b, err := json.Marshal(changed)
+		if err == nil {
+			err = os.WriteFile(left, b, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, x := range []struct {
+		key   string
+		value any
+		want  error
+	}{
+		{"pid", 1 << 30, nil},            // no such process
+		{"started", "1", nil},            // another one has its number
+		{"what", "a", torus.ErrLocked},   // it is this one, alive
+		{"kernel", "b", torus.ErrLocked}, // somewhere else
+	} {
+		leave(x.key, x.value)
+		if _, err := r.Prune(t.Context(), backup.PruneConfig{}); !errors.Is(err, x.want) {
+			t.Errorf("%s %v: %v", x.key, x.value, err)
+		}
+	}
+	old := time.Now().Add(-time.Hour)
+	if err := os.Chtimes(left, old, old); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Prune(t.Context(), backup.PruneConfig{}); err != nil {
+		t.Errorf("a stale lock: %v", err)
 	}
 }
 

@@ -3,6 +3,7 @@ package backup
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -27,6 +28,42 @@ type holder struct {
 	Host  string    `json:"host"`
 	PID   int       `json:"pid"`
 	Since time.Time `json:"since"`
+
+	Kernel  string `json:"kernel,omitempty"`  // by which boot of it, and in which PID namespace
+	Started string `json:"started,omitempty"` // when, by that kernel
+}
+
+// self is this process.
+func self(what string) holder {
+	h := holder{What: what, Host: "unknown", PID: os.Getpid(), Since: time.Now().UTC().Round(time.Second)}
+	if host, err := os.Hostname(); err == nil {
+		h.Host = host
+	}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	space, serr := os.Readlink("/proc/self/ns/pid")
+	if err == nil && serr == nil {
+		h.Kernel, h.Started = strings.TrimSpace(string(boot))+" "+space, started(h.PID)
+	}
+	return h
+}
+
+// started is when a process was, in the kernel's ticks (proc(5), stat, field 22); empty: there is none, or nobody can tell.
+func started(pid int) string {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return ""
+	}
+	_, rest, _ := strings.Cut(string(b), ") ") // a name may have blanks
+	if f := strings.Fields(rest); len(f) > 19 {
+		return f[19]
+	}
+	return ""
+}
+
+// dead reports whether h is certainly no more: it ran beside us, and its place is empty or somebody else's.
+func (h holder) dead() bool {
+	us := self("")
+	return h.Kernel != "" && h.Kernel == us.Kernel && h.Started != "" && us.Started != "" && started(h.PID) != h.Started
 }
 
 // lock keeps those who add to the repository apart from those who remove: each writes its lock first and looks for others then, so that of two
@@ -37,11 +74,7 @@ func (r *Repository) lock(ctx context.Context, what string, exclusive bool) (con
 		kind = exclusiveLock
 	}
 	key := locksDir + kind + randomID()
-	host, err := os.Hostname()
-	if err != nil {
-		host = "unknown"
-	}
-	b, err := json.Marshal(holder{What: what, Host: host, PID: os.Getpid(), Since: time.Now().UTC().Round(time.Second)})
+	b, err := json.Marshal(self(what))
 	if err != nil {
 		return nil, nil, err
 	}
@@ -102,18 +135,20 @@ func (r *Repository) others(ctx context.Context, ours string, exclusive bool) er
 		return fmt.Errorf("repository %s: what was written, %s, is not listed: %w", r.where, ours, torus.ErrInvalid)
 	}
 	for _, o := range all {
-		if now.Sub(o.ModTime) > lockStale {
-			if exclusive {
-				r.bucket.Delete(ctx, o.Key) //nolint:errcheck // the next one does
-			}
-			continue
-		}
 		if !exclusive && strings.HasPrefix(o.Key, locksDir+sharedLock) {
 			continue
 		}
 		var h holder
 		if b, err := r.get(ctx, o.Key); err == nil {
-			json.Unmarshal(b, &h) //nolint:errcheck // for the message only
+			json.Unmarshal(b, &h) //nolint:errcheck // then nobody knows whose it is
+		} else if errors.Is(err, torus.ErrNotExist) {
+			continue // released meanwhile
+		}
+		if now.Sub(o.ModTime) > lockStale || h.dead() {
+			if exclusive {
+				r.bucket.Delete(ctx, o.Key) //nolint:errcheck // the next one does
+			}
+			continue
 		}
 		return fmt.Errorf("repository %s is in use by %s (process %d on %s, since %s): %w\ntry again when it has ended; if it has died, its lock ends %v after it",
 			r.where, h.What, h.PID, h.Host, h.Since.Format(time.RFC3339), torus.ErrLocked, lockStale)
