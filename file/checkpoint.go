@@ -56,6 +56,7 @@ func (f *File) maybeCheckpoint() {
 			f.log.Warn("checkpoint failed, trying again later", "err", err)
 		}
 		f.apply()
+		f.maybeCompact()
 	})
 }
 

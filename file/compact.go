@@ -3,6 +3,7 @@ package file
 import (
 	"cmp"
 	"errors"
+	"fmt"
 	"slices"
 	"time"
 
@@ -22,8 +23,17 @@ import (
 const (
 	// compactPages is how many pages are moved at a time, about.
 	compactPages = 1024
-	// compactBehind: so far below the target, compaction does not make way for anybody.
-	compactBehind = 0.04
+	// compactGap: dead pages between two that are alive are read with them, if they are not more than this: a request costs as much as so many.
+	compactGap = 8
+	// compactWait is how long compaction waits for peers that do not answer, before it leaves a block alone.
+	compactWait = 5 * time.Second
+
+	// So far below its target, compaction does not make way for anybody any more, and those who write begin to wait for it: they may write paceMost bytes
+	// for each one that is moved, and paceLeast when it is paceTo below. Once a second they may write paceTick, come what may.
+	paceFrom, paceTo    = 0.01, 0.05
+	paceMost, paceLeast = 4, 0.5
+	paceTick            = 4 << 20
+	paceBurst           = 8 << 20
 	// avoidFor is how long a block that could not be read is left alone: its peers may be back by then, or a copy mended.
 	avoidFor = time.Minute
 )
@@ -41,14 +51,15 @@ func (f *File) maybeCompact() {
 	if f.compacting || f.closing || f.closed || f.err != nil || f.cfg.Utilisation <= 0 && !f.flattening || f.full {
 		return
 	}
-	slots, behind := f.victims()
+	slots := f.victims()
 	if len(slots) == 0 {
 		return
 	}
 	f.compacting = true
 	loop.Go(f.loop, func(t *loop.Task) {
-		err := f.compactAll(t, slots, behind)
+		err := f.compactAll(t, slots)
 		f.compacting = false
+		f.setPace(0)
 		if f.flattening {
 			f.sinceCkpt++ // the next one has something to say, even if nothing is written: that the victims are of no more use
 		}
@@ -80,8 +91,8 @@ func (f *File) avoids(slot uint32) bool {
 }
 
 // compactAll compacts victims until there are none.
-func (f *File) compactAll(t *loop.Task, slots []uint32, behind bool) error {
-	for ; len(slots) > 0; slots, behind = f.victims() {
+func (f *File) compactAll(t *loop.Task, slots []uint32) error {
+	for ; len(slots) > 0; slots = f.victims() {
 		for ; len(slots) > 0; slots = f.still(slots) {
 			began, log := f.loop.Now(), f.stats.LogBytes
 			n, pages := 0, 0
@@ -93,9 +104,11 @@ func (f *File) compactAll(t *loop.Task, slots []uint32, behind bool) error {
 				return err
 			}
 			slots = slots[n:]
+			f.allow(int64(f.pace * float64(pages*pageSize)))
 			for f.err == nil && !f.closing && f.m.dirtyLeaves > f.m.maxLeaves/2 {
 				f.maybeCheckpoint()
 				t.Sleep(5 * time.Millisecond)
+				f.allow(paceTick / 100)
 			}
 			if f.closing {
 				return nil
@@ -103,13 +116,35 @@ func (f *File) compactAll(t *loop.Task, slots []uint32, behind bool) error {
 			if f.err != nil {
 				return f.err
 			}
-			if !behind && f.stats.LogBytes != log {
+			if f.pace == 0 && f.stats.LogBytes != log {
 				t.Sleep(f.loop.Now() - began) // half of the time belongs to those who write
 			}
 		}
 	}
 	return nil
 }
+
+// setPace says how many bytes may be written for each that is moved; 0: any number.
+func (f *File) setPace(pace float64) {
+	if f.pace == 0 && pace > 0 {
+		f.allowance = paceBurst
+	}
+	f.pace = pace
+	if pace == 0 {
+		f.resumeWaiting()
+	}
+}
+
+// allow lets so many bytes more be written.
+func (f *File) allow(n int64) {
+	if f.pace > 0 {
+		f.allowance = min(f.allowance+n, paceBurst)
+		f.resumeWaiting()
+	}
+}
+
+// paced reports whether whoever writes has to wait for compaction.
+func (f *File) paced() bool { return f.pace > 0 && f.allowance <= 0 }
 
 // still drops from a list of victims what has died in the meantime.
 func (f *File) still(slots []uint32) []uint32 {
@@ -120,9 +155,9 @@ func (f *File) still(slots []uint32) []uint32 {
 }
 
 // victims returns what to compact, best first: as much as brings the data blocks to the target, and not more than some at once. What a
-// pin needs anyway is left alone.
+// pin needs anyway is left alone. It sets the pace of those who write.
 // To flatten a clone is to take what it has of its origin for victims.
-func (f *File) victims() (slots []uint32, behind bool) {
+func (f *File) victims() (slots []uint32) {
 	type candidate struct {
 		slot  uint32
 		score float64
@@ -151,8 +186,10 @@ func (f *File) victims() (slots []uint32, behind bool) {
 	}
 	target := f.cfg.Utilisation
 	dead := int64(length) - int64(float64(live)/target)
-	if dead <= 0 || (length-live)*pageSize < uint64(f.cfg.CompactSlack)*uint64(f.cfg.BlockSize) {
-		return slots, false
+	slack := uint64(f.cfg.CompactSlack) * uint64(f.cfg.BlockSize) / pageSize
+	if dead <= 0 || length-live < slack {
+		f.setPace(0)
+		return slots
 	}
 	slices.SortFunc(l, func(x, y candidate) int {
 		return cmp.Or(cmp.Compare(y.score, x.score), cmp.Compare(x.slot, y.slot))
@@ -163,7 +200,12 @@ func (f *File) victims() (slots []uint32, behind bool) {
 		dead -= int64(e.length - e.live)
 		moved += e.live
 	}
-	return slots, float64(live)/float64(length) < target-compactBehind
+	pace := 0.0
+	if below := target - float64(live)/float64(max(live, length-slack)); f.cfg.Utilisation > 0 && below > paceFrom && len(slots) > 0 {
+		pace = max(paceLeast, paceMost-(paceMost-paceLeast)*(below-paceFrom)/(paceTo-paceFrom))
+	}
+	f.setPace(pace)
+	return slots
 }
 
 // compact moves what is alive in some blocks. One that cannot be read is avoided for a while, and is not an error.
@@ -255,7 +297,7 @@ func (f *File) eachLeaf(t *loop.Task, leaves []uint64, fn func(leaf uint64)) (fa
 	return failed
 }
 
-// fetch reads pages from wherever they are, adjacent ones together, and verifies each. The caller releases what they are in. The blocks
+// fetch reads pages from wherever they are, those that are near each other together, and verifies each. The caller releases what they are in. The blocks
 // of those that could not be read, whose data stays nil, are avoided from then on.
 func (f *File) fetch(t *loop.Task, l []moving) (bufs []*buf.Buf) {
 	at := make([]int, len(l)) // l by place
@@ -264,13 +306,21 @@ func (f *File) fetch(t *loop.Task, l []moving) (bufs []*buf.Buf) {
 	}
 	slices.SortFunc(at, func(x, y int) int { return cmp.Compare(l[x].from>>26, l[y].from>>26) })
 	var runs [][]int
+	from := func(i int) entry { return l[at[i]].from }
 	for n := 0; n < len(at); {
 		k := n + 1
-		for k < len(at) && k-n < runPages && l[at[k]].from.follows(l[at[k-1]].from) {
+		for k < len(at) && from(k).slot() == from(n).slot() && from(k).page()-from(k-1).page() <= compactGap+1 && from(k).page()-from(n).page() < runPages {
 			k++
 		}
 		runs = append(runs, at[n:k])
 		n = k
+	}
+	until := f.loop.Now() + compactWait
+	giveUp := func() error {
+		if f.err == nil && f.loop.Now() > until {
+			return fmt.Errorf("no answer for %v: %w", compactWait, torus.ErrBlockUnavailable)
+		}
+		return f.err
 	}
 	const atOnce = 16
 	for len(runs) > 0 {
@@ -278,26 +328,24 @@ func (f *File) fetch(t *loop.Task, l []moving) (bufs []*buf.Buf) {
 		runs = runs[len(part):]
 		t.All(len(part), func(i int, done func()) {
 			run := part[i]
-			if f.avoids(l[run[0]].from.slot()) {
+			first := l[run[0]].from
+			if f.avoids(first.slot()) {
 				done()
 				return
 			}
-			b := buf.Get(len(run) * pageSize)
+			size := int(l[run[len(run)-1]].from.page()-first.page()+1) * pageSize
+			b := buf.Get(size)
 			bufs = append(bufs, b)
-			data := b.Bytes()[:len(run)*pageSize]
-			f.readAt(l[run[0]].from, data, nil, f.errFn, func(rd *distributor.Read) bool {
-				for k, x := range run {
-					if record.Checksum(rd.Data[k*pageSize:][:pageSize]) != l[x].crc {
-						return false
-					}
-				}
-				return true
+			data := b.Bytes()[:size]
+			in := func(x int) []byte { return data[(l[x].from.page()-first.page())*pageSize:][:pageSize] }
+			f.readAt(first, data, nil, giveUp, func(*distributor.Read) bool {
+				return !slices.ContainsFunc(run, func(x int) bool { return record.Checksum(in(x)) != l[x].crc })
 			}, func(rd *distributor.Read) {
 				if rd.Err != nil {
-					f.avoid(l[run[0]].from.slot(), rd.Err)
+					f.avoid(first.slot(), rd.Err)
 				} else {
-					for k, x := range run {
-						l[x].data = data[k*pageSize:][:pageSize]
+					for _, x := range run {
+						l[x].data = in(x)
 					}
 				}
 				rd.Release()

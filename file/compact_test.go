@@ -163,3 +163,97 @@ func TestCompactionLeavesTheUnreadable(t *testing.T) {
 		})
 	}
 }
+
+// Whoever writes as fast as possible waits for compaction as much as it takes to stay near what is alive, and never for long; and when compaction
+// gets nowhere, as the peers of what it would read are away, writes go on.
+func TestCompactionSetsThePace(t *testing.T) {
+	const (
+		size  = 32 << 20
+		pages = size / 4096
+		slack = (8+32)*rigBlock + 32<<20 // of compaction, a window, and what comes until the next checkpoint
+	)
+	for _, stuck := range []bool{false, true} {
+		t.Run(fmt.Sprintf("stuck=%v", stuck), func(t *testing.T) {
+			r := newRig(t, 1, 4, 2, size)
+			c := r.attach(func(cfg *file.Config) {
+				r.tune()(cfg)
+				cfg.CheckpointBytes = 2 << 20
+				cfg.Utilisation = 0.7
+			})
+			next := uint64(0)
+			c.overwrite(pages/32, time.Millisecond, func() uint64 { next++; return next - 1 }, func() {})
+			for _, p := range r.peers { // reading is slow, and so is compaction
+				since := map[*torus.Request]time.Duration{}
+				p.hold = func(q *torus.Request) bool {
+					if q.Op != torus.OpRead {
+						return false
+					}
+					if since[q] == 0 {
+						since[q] = r.v.Now()
+					}
+					if r.v.Now()-since[q] < 20*time.Millisecond {
+						return true
+					}
+					delete(since, q)
+					return false
+				}
+			}
+			if stuck {
+				for _, p := range r.peers {
+					p.drop = func(q *torus.Request) error {
+						if q.Op == torus.OpRead || q.Op == torus.OpScan {
+							return torus.ErrBlockUnavailable
+						}
+						return nil
+					}
+				}
+			}
+			left := 5 * pages
+			busy := 0
+			var longest time.Duration
+			most := 0.0
+			data := make([]byte, 4096)
+			var write func()
+			write = func() {
+				began := c.l.Now()
+				left--
+				busy++
+				q := &device.Request{Op: device.Write, Off: r.rng.Uint64N(pages) * 4096, Data: data, Len: 4096}
+				q.Done = func(q *device.Request) {
+					busy--
+					if q.Err != nil {
+						t.Error(q.Err)
+						return
+					}
+					longest = max(longest, c.l.Now()-began)
+					if left > 0 {
+						write()
+					}
+				}
+				c.f.Submit(q)
+			}
+			c.l.Post(func() {
+				for range 2 {
+					write()
+				}
+			})
+			for !t.Failed() && (left > 0 || busy > 0) {
+				r.v.RunFor(10 * time.Millisecond)
+				if s := c.f.Stats(); s.LiveBytes == size {
+					most = max(most, (float64(s.StoredBytes)-slack)/float64(s.LiveBytes))
+				}
+			}
+			t.Logf("stored at most %.2f times what is alive and %d MiB; the longest write took %v, all %v", most, slack>>20, longest, r.v.Now())
+			if most > 2.2 && !stuck {
+				t.Error("compaction does not keep up")
+			}
+			if longest > 1100*time.Millisecond || longest > 200*time.Millisecond && !stuck {
+				t.Error("somebody waited for long")
+			}
+			for _, p := range r.peers {
+				p.drop, p.hold = nil, nil
+			}
+			c.detach()
+		})
+	}
+}

@@ -107,6 +107,7 @@ type Stats struct {
 	Acked, Flushed, Applied            uint64 // sequence numbers
 	LogBytes                           uint64 // appended since attach, one replica, headers included
 	MovedBytes                         uint64 // … by compaction
+	Paced                              uint64 // writes that had to wait for compaction
 	Rolls, Checkpoints, Syncs, Records uint64
 	RetainedBytes                      int
 	LiveBytes, StoredBytes             uint64
@@ -160,7 +161,7 @@ type File struct {
 	habit     habit
 	syncGen   uint64
 	waiters   []flushWaiter
-	waiting   []*pending // writes held back: no room to retain them
+	waiting   []*pending // writes held back: no room to retain them, or compaction is behind
 	locked    map[uint64]struct{}
 	blocked   []*pending // writes to a page whose read-modify-write is under way
 	freeReads []*readOp
@@ -175,7 +176,9 @@ type File struct {
 	compacting    bool
 	flattening    bool // what is of the origin is being copied
 	avoided       map[uint32]avoided
-	pinning       bool // a moment is being pinned; see answer
+	pace          float64 // bytes that may be written for each that compaction moves; 0: any number
+	allowance     int64   // bytes that may be written now, if there is a pace
+	pinning       bool    // a moment is being pinned; see answer
 	listing       listing
 	sinceCkpt     uint64 // log bytes applied since the last checkpoint began
 	lastCkpt      time.Duration
@@ -314,6 +317,7 @@ func (f *File) housekeeping() {
 	f.leaveLost()
 	f.maybeCheckpoint()
 	f.maybeCompact()
+	f.allow(paceTick)
 	f.maybeExtend()
 	f.pump()
 }

@@ -58,11 +58,16 @@ func (f *File) write(r *device.Request) {
 		r.Finish(device.ErrOutOfSpace)
 		return
 	}
-	if f.retained >= f.cfg.RetainBytes || len(f.waiting) > 0 {
+	if f.retained >= f.cfg.RetainBytes || len(f.waiting) > 0 || f.paced() && !dataless(r) {
 		f.waiting = append(f.waiting, newPending(r))
-		f.startSync()
+		if f.paced() {
+			f.stats.Paced++
+		} else {
+			f.startSync()
+		}
 		return
 	}
+	f.allowance -= int64(r.Len)
 	f.begin(r, nil)
 }
 
@@ -73,8 +78,9 @@ func dataless(r *device.Request) bool {
 
 // resumeWaiting begins writes that were held back, as far as there is room for them.
 func (f *File) resumeWaiting() {
-	for len(f.waiting) > 0 && f.retained < f.cfg.RetainBytes && f.err == nil {
+	for len(f.waiting) > 0 && f.retained < f.cfg.RetainBytes && !f.paced() && f.err == nil {
 		p := f.waiting[0]
+		f.allowance -= int64(p.r.Len)
 		f.waiting = f.waiting[1:]
 		if len(f.waiting) == 0 {
 			f.waiting = nil
