@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -381,7 +382,10 @@ func (b *blk) serve(t *testing.T) {
 		if !b.alive() {
 			t.Fatalf("%s ended: %v\n%s", b.name, b.wait(), b.tail(20))
 		}
-		_, err := os.Stat(b.socket)
+		conn, err := net.Dial("unix", b.socket) // that it is there does not say that somebody listens
+		if err == nil {
+			conn.Close()
+		}
 		return err
 	})
 }
