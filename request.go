@@ -40,13 +40,17 @@ const (
 	// the copy that is there, if any, which stays until the new one is durable, whatever happens meanwhile. A copy of more than Len
 	// bytes is not replaced, as it has grown since the caller looked: ErrAgain. For a peer that mends its own copies; not part of TDP.
 	OpPut Op = 10
+	// OpVerify says that the copy of Ref here may not be what it should be, or not be here: whoever looks after the copies of this store looks
+	// at it soon, and makes it whole if it is not. It is answered at once, needs no epoch, and changes nothing by itself.
+	// ErrNotSupported where nobody looks after them.
+	OpVerify Op = 11
 )
 
 // ListEveryVolume as the Off of an OpList walks all volumes, page by page: Ref is then only where to go on from.
 const ListEveryVolume = 1
 
 func (o Op) String() string {
-	names := [...]string{1: "Ping", "Append", "Sync", "Fence", "Seal", "Read", "Scan", "Delete", "List", "Put"}
+	names := [...]string{1: "Ping", "Append", "Sync", "Fence", "Seal", "Read", "Scan", "Delete", "List", "Put", "Verify"}
 	if int(o) < len(names) && names[o] != "" {
 		return names[o]
 	}

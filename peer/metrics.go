@@ -11,8 +11,8 @@ import (
 
 // metrics of a Service. They are counted whether or not they are registered.
 type metrics struct {
-	ops      [torus.OpPut + 1]prometheus.Counter
-	failures [torus.OpPut + 1]prometheus.Counter
+	ops      [torus.OpVerify + 1]prometheus.Counter
+	failures [torus.OpVerify + 1]prometheus.Counter
 	fenced   prometheus.Counter
 	fences   prometheus.Counter
 	lost     prometheus.Counter // fences that could not be persisted
@@ -36,7 +36,7 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	}
 	ops := vec("ops_total", "Requests completed.", "op")
 	failures := vec("op_failures_total", "Requests that failed.", "op")
-	for op := torus.OpPing; op <= torus.OpPut; op++ {
+	for op := torus.OpPing; op <= torus.OpVerify; op++ {
 		m.ops[op] = ops.WithLabelValues(op.String())
 		m.failures[op] = failures.WithLabelValues(op.String())
 	}

@@ -160,7 +160,7 @@ func (s *Service) Submit(r *torus.Request) {
 		r.Finish(nil)
 		return
 	}
-	if r.Op < torus.OpPing || r.Op > torus.OpPut {
+	if r.Op < torus.OpPing || r.Op > torus.OpVerify {
 		r.Finish(fmt.Errorf("%v: %w", r.Op, torus.ErrNotSupported))
 		return
 	}

@@ -190,6 +190,8 @@ func (d *Disk) do(r *torus.Request) bool {
 		r.Tails = nil
 		d.index.list(r, func(s uint32) { r.Tails = append(r.Tails, d.tail(s)) })
 		r.Finish(nil)
+	case torus.OpVerify:
+		d.verify(r)
 	default:
 		r.Finish(fmt.Errorf("%v on a disk: %w", r.Op, torus.ErrNotSupported))
 	}

@@ -188,7 +188,7 @@ func sendable(r *torus.Request) error {
 		if r.Len > MaxTails {
 			return errLong
 		}
-	case torus.OpPing, torus.OpSync, torus.OpFence, torus.OpSeal, torus.OpDelete:
+	case torus.OpPing, torus.OpSync, torus.OpFence, torus.OpSeal, torus.OpDelete, torus.OpVerify:
 	default:
 		return errOp
 	}

@@ -238,7 +238,7 @@ func (c *conn) acceptable(f *frame) error {
 		bad = bad || f.len > MaxPayload
 	case torus.OpList:
 		bad = bad || f.len > MaxTails
-	case torus.OpSync, torus.OpFence, torus.OpSeal, torus.OpDelete:
+	case torus.OpSync, torus.OpFence, torus.OpSeal, torus.OpDelete, torus.OpVerify:
 	default:
 		return fmt.Errorf("unknown op %#x: %w", f.op, torus.ErrNotSupported)
 	}

@@ -89,6 +89,8 @@ func TestGolden(t *testing.T) {
 		"scan.reply":     withPayload(rep(torus.OpScan, frame{}), scan),
 		"delete.request": encodeFrame(req(torus.OpDelete, frame{epoch: 9})),
 		"delete.reply":   encodeFrame(rep(torus.OpDelete, frame{})),
+		"verify.request": encodeFrame(req(torus.OpVerify, frame{})),
+		"verify.reply":   encodeFrame(rep(torus.OpVerify, frame{})),
 		"list.request":   encodeFrame(req(torus.OpList, frame{len: 100})),
 		"list.reply":     withPayload(rep(torus.OpList, frame{}), appendTails(nil, tails)),
 		"list.suspect":   withPayload(rep(torus.OpList, frame{}), appendTails(nil, []torus.Tail{{Ref: ref, Length: 4096, Suspect: true}})),
