@@ -16,6 +16,7 @@ type load struct {
 	rate  int    // operations a second, of all together; 0: as many as it can
 	fsync bool   // a flush after each write
 	bytes byteSize
+	skew  bool // 80 % of the operations go to 20 % of the area
 	// conns is how many connections each volume gets; they share its part of the depth. 0 is 1.
 	conns int
 }
@@ -33,6 +34,9 @@ func (l load) args(uris []string, area byteSize, seconds, seed int) []string {
 		args = append(args, "--io_size="+strconv.FormatUint(uint64(l.bytes)/uint64(jobs), 10), "--end_fsync=1")
 	} else {
 		args = append(args, "--time_based", "--runtime="+strconv.Itoa(seconds))
+	}
+	if l.skew {
+		args = append(args, "--random_distribution=zoned:80/20:20/80")
 	}
 	if l.rate > 0 {
 		args = append(args, "--rate_iops="+strconv.Itoa(max(l.rate/jobs, 1)))

@@ -27,7 +27,8 @@ type scale struct {
 	seconds  int
 	idle     time.Duration
 	sections []string
-	profile  string // directory for CPU profiles of idle clusters; empty: none
+	size     byteSize // of the volume that is overwritten
+	profile  string   // directory for CPU profiles of idle clusters; empty: none
 	stdout   io.Writer
 	progress io.Writer
 	clusters int // started so far
@@ -35,17 +36,18 @@ type scale struct {
 
 // The sections of the report.
 const (
-	sectionLoad   = "load"   // volumes and peers
-	sectionSize   = "size"   // size of a volume, attach, etcd
-	sectionMap    = "map"    // memory of the map
-	sectionIdle   = "idle"   // nothing to do
-	sectionEtcd   = "etcd"   // as much as etcd can take
-	sectionDisk   = "disk"   // ways to write to a file durably
-	sectionBlocks = "blocks" // block size, depth, connections
+	sectionLoad   = "load"      // volumes and peers
+	sectionSize   = "size"      // size of a volume, attach, etcd
+	sectionMap    = "map"       // memory of the map
+	sectionIdle   = "idle"      // nothing to do
+	sectionEtcd   = "etcd"      // as much as etcd can take
+	sectionOver   = "overwrite" // compaction
+	sectionDisk   = "disk"      // ways to write to a file durably
+	sectionBlocks = "blocks"    // block size, depth, connections
 )
 
 var (
-	scaleSections  = []string{sectionLoad, sectionSize, sectionMap, sectionIdle, sectionEtcd}
+	scaleSections  = []string{sectionLoad, sectionSize, sectionMap, sectionIdle, sectionEtcd, sectionOver}
 	choiceSections = []string{sectionDisk, sectionBlocks}
 )
 
@@ -57,6 +59,8 @@ func parseScaleFlags(name string, sections, args []string, stdout, stderr io.Wri
 	f.StringVar(&chosen, "sections", "", "`LIST` of what to measure, with commas; all: "+strings.Join(sections, ","))
 	f.IntVar(&s.seconds, "seconds", 4, "length of one measurement")
 	f.DurationVar(&s.idle, "idle", 62*time.Second, "how long to watch clusters that have nothing to do; peers look through all volumes once a minute")
+	s.size = 4 << 30
+	f.Var(&s.size, "size", "size of the volume that is overwritten; ten times as much is written, twice")
 	f.StringVar(&s.dir, "dir", "/var/tmp", "where the data goes while it runs: a directory of the disk to be measured")
 	f.StringVar(&s.bin, "bin", "bin", "`DIR` of torusd, torusctl and torusblk")
 	f.StringVar(&s.profile, "cpuprofile", "", "`DIR` for CPU profiles of the idle clusters' processes")
@@ -113,7 +117,7 @@ func runScale(ctx context.Context, name string, sections, args []string, stdout,
 	for _, section := range s.sections {
 		s.say("%s", section)
 		if err := map[string]func(context.Context) error{
-			sectionLoad: s.loads, sectionSize: s.sizes, sectionMap: s.mapMemory, sectionIdle: s.idleness, sectionEtcd: s.metadata,
+			sectionLoad: s.loads, sectionSize: s.sizes, sectionMap: s.mapMemory, sectionIdle: s.idleness, sectionEtcd: s.metadata, sectionOver: s.overwrite,
 			sectionDisk: s.disk, sectionBlocks: s.blocks,
 		}[section](ctx); err != nil {
 			if ctx.Err() != nil {

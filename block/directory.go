@@ -39,6 +39,7 @@ type Config struct {
 	Only []string
 	// RetainBytes and MapBytes bound the memory of each volume; 0: the defaults of package file.
 	RetainBytes, MapBytes int
+	Utilisation           float64      // see file.Config
 	Log                   *slog.Logger // nil: none
 }
 
@@ -347,7 +348,7 @@ func (d *Directory) attach(name string, o *opened) {
 		o.cancel = file.Open(file.Config{
 			Loop: d.loop, Dist: d.cfg.Dist, MDS: d.cfg.MDS, Volume: v, BlockSize: d.blockSize, Replication: replication(v),
 			Lease: lease, Holder: d.holder(0), Force: d.cfg.Force,
-			RetainBytes: d.cfg.RetainBytes, MapBytes: d.cfg.MapBytes, Log: d.log,
+			RetainBytes: d.cfg.RetainBytes, MapBytes: d.cfg.MapBytes, Utilisation: d.cfg.Utilisation, Log: d.log,
 			OnFail: func(err error) {
 				d.release(torus.VolumeID(v.Id))
 				if d.open[name] == o && o.vol != nil && !o.closing { // its users keep a dead device; who comes now attaches anew

@@ -58,7 +58,7 @@ type Config struct {
 	RetainBytes     int    // bound of what is kept in memory until it is flushed; default 32 MiB
 	MapBytes        int    // bound of the map's leaves in memory; default 64 MiB
 	CheckpointBytes uint64 // of log between checkpoints; default 256 MiB
-	// Utilisation is the part of what data blocks hold that compaction keeps alive: 0.75 unless set; negative: no compaction.
+	// Utilisation is the part of what data blocks hold that compaction keeps alive: DefaultUtilisation unless set; negative: no compaction.
 	Utilisation float64
 	// CompactSlack is how many blocks' worth of dead data there may be however small the volume is; default 8.
 	CompactSlack    int
@@ -87,7 +87,7 @@ func (c *Config) setDefaults() {
 		c.CheckpointEvery = 30 * time.Second
 	}
 	if c.Utilisation == 0 {
-		c.Utilisation = 0.75
+		c.Utilisation = DefaultUtilisation
 	}
 	if c.WindowAhead == 0 {
 		c.WindowAhead = time.Minute
@@ -100,6 +100,12 @@ func (c *Config) setDefaults() {
 	}
 	c.Log = c.Log.With("volume", c.Volume.Name)
 }
+
+// DefaultUtilisation is what Config.Utilisation is unless it is set, and MaxUtilisation the most that makes sense: the nearer to 1, the more is moved.
+const (
+	DefaultUtilisation = 0.75
+	MaxUtilisation     = 0.95
+)
 
 // Stats is a file's account of itself.
 type Stats struct {

@@ -33,6 +33,9 @@ type ClientConfig struct {
 	Force     bool     // take them over from others
 	CacheSize uint64   // bytes
 
+	// Utilisation is the part of what is stored that compaction keeps alive; 0: the default, negative: no compaction.
+	Utilisation float64
+
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
 }
@@ -80,7 +83,7 @@ func StartClient(ctx context.Context, cfg ClientConfig) (_ *Client, err error) {
 	})
 	c.dir, err = block.NewDirectory(ctx, block.Config{
 		Loop: c.loop.Epoll, Dist: dist, MDS: cfg.MDS, Holder: holder(cfg.What), Force: cfg.Force, Only: cfg.Only,
-		MapBytes: int(cfg.CacheSize), Log: cfg.Log,
+		MapBytes: int(cfg.CacheSize), Utilisation: cfg.Utilisation, Log: cfg.Log,
 	})
 	if err != nil {
 		return nil, err

@@ -9,14 +9,15 @@ import (
 
 // DaemonConfig is what torusd runs.
 type DaemonConfig struct {
-	Etcd      Etcd
-	EtcdWait  time.Duration // how long to wait for etcd at the start
-	EmbedEtcd bool          // run etcd in this process, at the first of the endpoints
-	Peer      PeerConfig    // MDS, Global, Log and Registerer are filled in
-	NBD       string        // [HOST]:PORT or unix:PATH to serve volumes at; empty: do not
-	CacheSize uint64        // bytes, of the maps of those volumes
-	HTTP      string        // [HOST]:PORT; empty: none
-	Log       *slog.Logger
+	Etcd        Etcd
+	EtcdWait    time.Duration // how long to wait for etcd at the start
+	EmbedEtcd   bool          // run etcd in this process, at the first of the endpoints
+	Peer        PeerConfig    // MDS, Global, Log and Registerer are filled in
+	NBD         string        // [HOST]:PORT or unix:PATH to serve volumes at; empty: do not
+	CacheSize   uint64        // bytes, of the maps of those volumes
+	Utilisation float64       // see ClientConfig
+	HTTP        string        // [HOST]:PORT; empty: none
+	Log         *slog.Logger
 }
 
 // RunDaemon runs a peer, and what it is asked to run beside it, until ctx ends; then it stops in order.
@@ -86,7 +87,7 @@ func runDaemon(ctx context.Context, cfg DaemonConfig, stops *stack) error {
 	stops.push(peer.Close)
 	if cfg.NBD != "" {
 		volumes, err := StartVolumes(ctx, VolumesConfig{
-			ClientConfig: ClientConfig{MDS: mds, Global: global, What: "torusd " + peer.ID().String(), Sole: true, CacheSize: cfg.CacheSize, Log: log, Registerer: registry},
+			ClientConfig: ClientConfig{MDS: mds, Global: global, What: "torusd " + peer.ID().String(), Sole: true, CacheSize: cfg.CacheSize, Utilisation: cfg.Utilisation, Log: log, Registerer: registry},
 			Listen:       cfg.NBD, Flag: "--nbd",
 		})
 		if err != nil {

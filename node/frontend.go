@@ -9,15 +9,16 @@ import (
 
 // FrontendConfig is what a client that serves volumes runs.
 type FrontendConfig struct {
-	Etcd      Etcd
-	EtcdWait  time.Duration // how long to wait for etcd at the start
-	NBD       string        // [HOST]:PORT or unix:PATH
-	Volumes   []string      // names of those to serve; empty: all
-	What      string        // the program, for those who find a volume attached
-	Force     bool          // take volumes over
-	CacheSize uint64        // bytes, of the map of each volume
-	HTTP      string        // [HOST]:PORT; empty: none
-	Log       *slog.Logger
+	Etcd        Etcd
+	EtcdWait    time.Duration // how long to wait for etcd at the start
+	NBD         string        // [HOST]:PORT or unix:PATH
+	Volumes     []string      // names of those to serve; empty: all
+	What        string        // the program, for those who find a volume attached
+	Force       bool          // take volumes over
+	CacheSize   uint64        // bytes, of the map of each volume
+	Utilisation float64       // see ClientConfig
+	HTTP        string        // [HOST]:PORT; empty: none
+	Log         *slog.Logger
 }
 
 // RunFrontend serves volumes until ctx ends or use returns; then it flushes and releases them. use is called, with the
@@ -62,7 +63,7 @@ func runFrontend(ctx context.Context, cfg FrontendConfig, stops *stack, use func
 		return err
 	}
 	volumes, err := StartVolumes(ctx, VolumesConfig{
-		ClientConfig: ClientConfig{MDS: mds, Global: global, Only: cfg.Volumes, What: cfg.What, Force: cfg.Force, CacheSize: cfg.CacheSize, Log: log, Registerer: registry},
+		ClientConfig: ClientConfig{MDS: mds, Global: global, Only: cfg.Volumes, What: cfg.What, Force: cfg.Force, CacheSize: cfg.CacheSize, Utilisation: cfg.Utilisation, Log: log, Registerer: registry},
 		Listen:       cfg.NBD, Flag: "--listen",
 	})
 	if err != nil {

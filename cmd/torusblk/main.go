@@ -19,6 +19,7 @@ type blk struct {
 	http     string
 	force    bool
 	cache    cli.Size
+	compact  cli.Utilisation
 	debug    bool
 }
 
@@ -34,6 +35,7 @@ func rootCommand() *cobra.Command {
 	flags.StringVar(&b.http, "http", "", "serve /metrics, /healthz, /readyz and /debug/pprof at `[HOST]:PORT`")
 	flags.BoolVar(&b.force, "force", false, "take volumes over from whoever has them attached")
 	flags.Var(&b.cache, "cache-size", "memory for the maps of volumes")
+	flags.Var(&b.compact, "utilisation", cli.UtilisationUsage)
 	flags.BoolVar(&b.debug, "debug", false, "log more")
 	root.AddCommand(nbdCommand(b), nbdserveCommand(b), cli.VersionCommand())
 	return root

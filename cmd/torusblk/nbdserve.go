@@ -33,7 +33,7 @@ func (b *blk) serve(cmd *cobra.Command, what, listen string, volumes []string, u
 	}
 	err = node.RunFrontend(cmd.Context(), node.FrontendConfig{
 		Etcd: where, EtcdWait: b.etcdWait, NBD: listen, Volumes: volumes, What: what, Force: b.force,
-		CacheSize: uint64(b.cache), HTTP: b.http, Log: cli.NewLogger(cmd.ErrOrStderr(), cli.LogLevel(b.debug)),
+		CacheSize: uint64(b.cache), Utilisation: b.compact.Value(), HTTP: b.http, Log: cli.NewLogger(cmd.ErrOrStderr(), cli.LogLevel(b.debug)),
 	}, use)
 	return where.Explain(err)
 }

@@ -24,6 +24,7 @@ type daemon struct {
 	autoJoin    bool
 	nbd         string
 	cache       cli.Size
+	compact     cli.Utilisation
 	http        string
 	debug       bool
 	version     bool
@@ -65,6 +66,7 @@ the ring (torusctl peer add, or --auto-join). To try Torus on one machine: torus
 	flags.BoolVar(&d.autoJoin, "auto-join", false, "put this peer into the ring")
 	flags.StringVar(&d.nbd, "nbd", "", "also serve volumes over NBD at `[HOST]:PORT|unix:PATH`")
 	flags.Var(&d.cache, "cache-size", "memory for the maps of volumes served over NBD")
+	flags.Var(&d.compact, "utilisation", cli.UtilisationUsage)
 	flags.StringVar(&d.http, "http", "", "serve /metrics, /healthz, /readyz and /debug/pprof at `[HOST]:PORT`")
 	flags.BoolVar(&d.debug, "debug", false, "log more")
 	flags.BoolVar(&d.version, "version", false, "print the version and exit")
@@ -104,9 +106,9 @@ func (d *daemon) run(cmd *cobra.Command) error {
 			AutoJoin: d.autoJoin,
 		},
 		NBD:       d.nbd,
-		CacheSize: uint64(d.cache),
-		HTTP:      d.http,
-		Log:       cli.NewLogger(cmd.ErrOrStderr(), cli.LogLevel(d.debug)),
+		CacheSize: uint64(d.cache), Utilisation: d.compact.Value(),
+		HTTP: d.http,
+		Log:  cli.NewLogger(cmd.ErrOrStderr(), cli.LogLevel(d.debug)),
 	})
 	return where.Explain(err)
 }

@@ -1,0 +1,136 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"sync"
+	"time"
+)
+
+// overTimes is how often a volume is overwritten.
+const overTimes = 10
+
+// overwrite overwrites a volume at random, ten times, and watches what compaction does about it.
+func (s *scale) overwrite(ctx context.Context) error {
+	t := &table{
+		title: fmt.Sprintf("A volume of %v overwritten %d times", s.size, overTimes),
+		note: "4 KiB random writes, depth 32, as fast as they go, after the volume was filled. `stored` is what its blocks held by what was alive. `written` is what went to a replica's log, or was moved by compaction, for each byte that the client wrote. `without` is the rate of the same load " +
+			"on the same volume, just filled, without compaction; `paced` are writes that had to wait for it.",
+		head: []string{"writes", "utilisation", "IOPS", "without", "ratio", "stored / live, most", "at the end", "written / byte", "moved / byte", "paced", "p99.9, µs"},
+	}
+	for _, x := range []struct {
+		name        string
+		skew        bool
+		utilisation string
+	}{
+		{"uniform", false, "0.75"},
+		{"uniform", false, "0.7"},
+		{"80 % to 20 %", true, "0.7"},
+	} {
+		if err := s.overwriteOnce(ctx, t, x.name, x.skew, x.utilisation); err != nil {
+			return err
+		}
+	}
+	return s.print(t)
+}
+
+func (s *scale) overwriteOnce(ctx context.Context, t *table, name string, skew bool, utilisation string) error {
+	c, remove, err := s.cluster(ctx, clusterOptions{peers: 3, peerSize: 3*s.size + 4<<30})
+	if err != nil {
+		return err
+	}
+	defer remove()
+	if err := c.create(ctx, s.size, "v1"); err != nil {
+		return err
+	}
+	load := load{title: "overwrite", rw: "randwrite", bs: 4096, depth: 32, skew: skew}
+	uris := c.uris("v1")
+	// Without compaction first.
+	if err := c.serve("--utilisation", "0"); err != nil {
+		return err
+	}
+	hold, err := c.attach(ctx, "v1")
+	if err != nil {
+		return err
+	}
+	err = c.fill(ctx, uris, s.size)
+	var without measured
+	if err == nil {
+		without, err = c.run(ctx, load, uris, s.size, s.seconds, 1)
+	}
+	hold.release()
+	if err != nil {
+		return err
+	}
+	c.client.stop()
+	if err := c.serve("--force", "--utilisation", utilisation); err != nil {
+		return err
+	}
+	if hold, err = c.attach(ctx, "v1"); err != nil {
+		return err
+	}
+	defer hold.release()
+	load.bytes = overTimes * s.size
+	w := c.watch(ctx)
+	with, err := c.run(ctx, load, uris, s.size, 0, 2)
+	most, last, werr := w.end()
+	if err := errors.Join(err, werr); err != nil {
+		return err
+	}
+	client := func(name string) float64 {
+		return with.is.torus[c.client.name].sum(name) - with.was.torus[c.client.name].sum(name)
+	}
+	bytes := float64(load.bytes)
+	moved, log := client("torus_volume_moved_bytes_total")/bytes, client("torus_volume_log_bytes_total")/bytes
+	rate, before := with.IOPS, without.IOPS
+	s.say("%s at %s: %.0f IOPS, %.0f without; stored %.2f, written %.2f", name, utilisation, rate, before, most, log+moved)
+	t.add(name, utilisation, thousands(rate), thousands(before), hundredths(rate/before), hundredths(most), hundredths(last), hundredths(log+moved), hundredths(moved),
+		thousands(client("torus_volume_paced_writes_total")), thousands(with.LatencyUs.P999))
+	return nil
+}
+
+func hundredths(v float64) string { return strconv.FormatFloat(v, 'f', 2, 64) }
+
+// watch looks at what volumes store, once a second.
+func (c *cluster) watch(ctx context.Context) *watch {
+	ctx, stop := context.WithCancel(ctx)
+	w := &watch{stop: stop}
+	w.wait.Go(func() {
+		for {
+			m, err := scrape(ctx, c.client.http)
+			if ctx.Err() != nil {
+				return
+			}
+			if err != nil {
+				w.err = err
+				return
+			}
+			if live := m.sum("torus_volume_live_bytes"); live > 0 {
+				w.last = m.sum("torus_volume_stored_bytes") / live
+				w.most = max(w.most, w.last)
+			}
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(time.Second):
+			}
+		}
+	})
+	return w
+}
+
+type watch struct {
+	stop       func()
+	wait       sync.WaitGroup
+	most, last float64
+	err        error
+}
+
+// end returns the most that was stored for each byte alive, and how much it was at the end.
+func (w *watch) end() (most, last float64, err error) {
+	w.stop()
+	w.wait.Wait()
+	return w.most, w.last, w.err
+}
