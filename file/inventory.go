@@ -135,9 +135,9 @@ func (v *Inventory) Garbage(ref torus.BlockRef) bool {
 }
 
 // InWindow reports whether a block lies in the open window of a volume: what it holds is the attached writer's business, or that
-// of the next attach.
+// of the next attach. Of a deleted volume there is neither.
 func InWindow(s *models.VolumeState, ref torus.BlockRef) bool {
-	if ref.Type != torus.TypeBlock || s.Open == nil || uint64(ref.INode) != s.Open.Epoch {
+	if s.Deleted || ref.Type != torus.TypeBlock || s.Open == nil || uint64(ref.INode) != s.Open.Epoch {
 		return false
 	}
 	for _, x := range s.Open.Spans {

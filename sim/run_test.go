@@ -104,6 +104,7 @@ func TestSeedsThatFoundSomething(t *testing.T) {
 		861:  "an origin was deleted before its log, which a clone needed, had been recovered",
 		1036: "an attach that had waited served the volume in the size it had before it grew",
 		1300: "a checkpoint ended before the moment that was pinned with the INode before it",
+		1711: "a torn tail in a block of a deleted volume that a clone needed was nobody's to mend",
 		3055: "a snapshot was taken while writes were under way that failed for want of space",
 		3548: "an attach whose commit had lost its answer laid its window out anew, and never knew it again",
 	} {
