@@ -31,6 +31,7 @@ type wanted struct {
 	set    torus.PeerList // registered
 	home   torus.PeerList
 	length uint32
+	number int // of copies that there are to be
 	claims *claims
 	copies []*blockCopy
 	v      *verdict
@@ -38,7 +39,7 @@ type wanted struct {
 
 func (c *fsck) want(slot uint32) *wanted {
 	e := &c.f.table.e[slot]
-	return &wanted{ref: e.ref, set: e.peers, home: c.cfg.Dist.Home(e.ref, e.peers), length: e.length * pageSize, claims: c.claims[slot]}
+	return &wanted{ref: e.ref, set: e.peers, home: c.cfg.Dist.Home(e.ref, e.peers), length: e.length * pageSize, number: max(len(e.peers), c.cfg.Replication), claims: c.claims[slot]}
 }
 
 // reckon sums up how much there is to be read.
@@ -243,7 +244,7 @@ func (c *fsck) readPiece(t *loop.Task, w *wanted, p torus.PeerID, off uint32, b 
 
 // fine reports whether nothing is wrong with a block, as far as its peers could be asked.
 func (w *wanted) fine() bool {
-	if !w.v.whole() || !w.v.claimed || len(w.home) < len(w.set) {
+	if !w.v.whole() || !w.v.claimed || len(w.home) < w.number {
 		return false
 	}
 	for _, x := range w.copies {
@@ -335,8 +336,12 @@ func (c *fsck) judge1(w *wanted) {
 	if len(good) == 0 {
 		good = parts // each has what the others lack
 	}
-	if len(w.home) < len(w.set) {
-		c.add(&Finding{Kind: FindFewer, Ref: w.ref, What: fmt.Sprintf("it is to be on %d peers, and the ring has only %d to hold it", len(w.set), len(w.home)), Good: good})
+	if len(w.home) < w.number {
+		what := fmt.Sprintf("it is to be on %d peers, and the ring has only %d to hold it", w.number, len(w.home))
+		if len(w.set) < w.number {
+			what = fmt.Sprintf("it was written to %d peers, and the volume is to have %d copies", len(w.set), w.number)
+		}
+		c.add(&Finding{Kind: FindFewer, Ref: w.ref, What: what, Good: good})
 	}
 	if w.v.differ {
 		c.add(&Finding{Kind: FindDiffer, Ref: w.ref, What: fmt.Sprintf("copies are intact and say different things from byte %d on: %s", w.v.differsAt, c.peerNames(append(append(torus.PeerList{}, good...), parts...)))})

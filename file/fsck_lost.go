@@ -36,7 +36,7 @@ func (c *fsck) attribute() error {
 		}
 		switch {
 		case used && c.st.KeptFrom > 0 && c.cfg.At == nil:
-			x.Lost = append(x.Lost, LostPages{Of: thePast})
+			x.Lost = append(x.Lost, LostPages{Of: ThePast})
 		case !used:
 			x.What += "; nothing points to them"
 		}

@@ -19,8 +19,8 @@ const (
 	maxBadNodes = 1 << 14
 )
 
-// thePast names, in LostPages, what a volume can be rewound to.
-const thePast = "past"
+// ThePast names, in LostPages, what a volume can be rewound to.
+const ThePast = "past"
 
 // badNode is a node of a map, an INode or a log that could not be read.
 type badNode struct {
@@ -175,7 +175,7 @@ func (c *fsck) walkInode(h *models.Head, of string, prev []entry) (n *models.INo
 		}
 		x := badNode{kind: FindINode, what: fmt.Sprintf("INode %d cannot be read: %v", h.Number, err), lost: LostPages{Of: of, Count: pagesOf(h.SizeBytes)}}
 		if of == "" {
-			x.lost.Of = thePast
+			x.lost.Of = ThePast
 		}
 		if checkExtent(h.Inode, c.cfg.BlockSize) == nil {
 			x.ref, x.pos = extentRef(c.vol, h.Inode), h.Inode.Offset/pageSize
@@ -187,7 +187,7 @@ func (c *fsck) walkInode(h *models.Head, of string, prev []entry) (n *models.INo
 	c.claimInode(h, n.Table)
 	tr := &tree{of: of, number: h.Number, tops: make([]entry, len(n.Top))}
 	if of == "" {
-		tr.of = thePast
+		tr.of = ThePast
 	}
 	for i, x := range n.Top {
 		tr.tops[i] = entry(x)

@@ -357,6 +357,17 @@ func TestFsckNamesWhatIsWrong(t *testing.T) {
 				t.Fatalf("%d copies are elsewhere: %s", want, show(report))
 			}
 		},
+		"fewer copies than there are to be": func(t *testing.T, r *rig, c *client) {
+			report := r.fsck(c, func(cfg *file.FsckConfig) { cfg.Replication = 3 })
+			if uint64(len(report.Findings)) != report.Blocks || report.Blocks == 0 {
+				t.Fatal(show(report))
+			}
+			for _, x := range report.Findings {
+				if x.Kind != file.FindFewer || len(x.Good) != 2 || x.Mendable() {
+					t.Fatal(show(report))
+				}
+			}
+		},
 		"damage beside a peer that is down": func(t *testing.T, r *rig, c *client) {
 			at := r.copiesOf(numbered(5, 0))
 			at[0].flip()

@@ -49,6 +49,7 @@ func rootCommand() *cobra.Command {
 		volumeCommand(c),
 		blockCommand(c),
 		backupCommand(c),
+		fsckCommand(c),
 		configCommand(c),
 		cli.VersionCommand(),
 	)
