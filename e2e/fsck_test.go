@@ -1,0 +1,106 @@
+package e2e
+
+import (
+	"encoding/json"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+type fsckJSON struct {
+	Status    string
+	Left      uint64 `json:"findings_left"`
+	Copies    uint64 `json:"copies_checked"`
+	Unchecked uint64 `json:"copies_unchecked"`
+	Findings  []struct {
+		Kind, Block string
+		Peer        struct{ UUID string }
+		Good        []struct{ UUID string }
+		Mended      bool
+	}
+}
+
+// fsck checks a volume; its exit status says whether all is well.
+func (c *cluster) fsck(t *testing.T, well bool, args ...string) (v fsckJSON) {
+	t.Helper()
+	out, err := c.tryCtl(t.Context(), append([]string{"-o", "json", "fsck"}, args...)...)
+	if (err == nil) != well {
+		t.Fatalf("fsck %v: %v\n%s", args, err, out)
+	}
+	if i := strings.IndexByte(out, '{'); i >= 0 {
+		out = out[i:]
+	}
+	if err := json.NewDecoder(strings.NewReader(out)).Decode(&v); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return v
+}
+
+// What has rotted on the disk of one peer is named by fsck, block and peer, while the volume is in use; --repair has it mended; and a peer that is down is no
+// damage (D1).
+func TestFsck(t *testing.T) {
+	const pages = 4096
+	c := ownCluster(t)
+	volume := c.newVolume(t, "64MiB")
+	img := make([]byte, pages*pageSize)
+	rand.NewChaCha8([32]byte{9}).Read(img) //nolint:errcheck // it cannot fail
+	in := filepath.Join(c.dir, "in")
+	if err := os.WriteFile(in, img, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	b := c.newBlk(t)
+	tool(t, "nbdcopy", "--flush", in, b.export(volume).URI())
+	b.interrupt(t, syscall.SIGTERM, 15*time.Second)
+	whole := c.fsck(t, true, volume)
+	if whole.Status != "ok" || whole.Copies == 0 || len(whole.Findings) > 0 {
+		t.Fatalf("%+v", whole)
+	}
+
+	sick := c.peers[0]
+	flipped := 0
+	for _, f := range slotFiles(t, c.peerDir(sick.name)) { // while it runs: its first scrub, of nothing, is long over
+		flipped += flipBytes(t, f, in, func(page uint64) bool { return page%256 == 3 })
+	}
+	if flipped == 0 {
+		t.Fatal("nothing was flipped")
+	}
+	b.serve(t)
+	conn := dial(t, b.export(volume), startLimit) // the volume is in use
+	defer conn.Close()
+	found := c.fsck(t, false, volume)
+	uuid := ""
+	for _, f := range found.Findings {
+		if f.Kind != "damaged" || f.Mended || len(f.Good) != 1 || f.Good[0].UUID == f.Peer.UUID || uuid != "" && f.Peer.UUID != uuid {
+			t.Fatalf("%+v", found)
+		}
+		uuid = f.Peer.UUID
+	}
+	if n := len(found.Findings); n == 0 || n > flipped || found.Status != "damaged" {
+		t.Fatalf("%d pages were flipped on one peer: %+v", flipped, found)
+	}
+	began := time.Now()
+	mended := c.fsck(t, true, "--repair", volume)
+	if mended.Status != "mended" || mended.Left != 0 {
+		t.Fatalf("%+v", mended)
+	}
+	t.Logf("FSCK %d blocks of %d copies mended in %v", len(mended.Findings), whole.Copies, time.Since(began).Round(time.Millisecond))
+	if again := c.fsck(t, true, volume); again.Status != "ok" || again.Unchecked != 0 {
+		t.Fatalf("%+v", again)
+	}
+	sick.kill()
+	down := c.fsck(t, false, volume)
+	if down.Status != "incomplete" || down.Left != 0 || down.Unchecked == 0 || down.Copies == 0 {
+		t.Fatalf("a peer is down: %+v", down)
+	}
+	sick.start(t)
+	c.waitHealthy(t, startLimit)
+	out := filepath.Join(c.dir, "out")
+	tool(t, "nbdcopy", b.export(volume).URI(), out)
+	if err := sameBytes(out, img); err != nil {
+		t.Error(err)
+	}
+}
