@@ -298,7 +298,7 @@ func (a *recovery) run() error {
 		s.Open = &models.Window{Epoch: f.epoch, Spans: []*models.Span{span}}
 		f.win.spans = []*models.Span{span}
 		if to := f.cfg.To; to != nil && !Kept(s, to) {
-			return fmt.Errorf("the moment to go back to is not kept any more: %w", torus.ErrNotExist)
+			return errNotKept
 		}
 		return nil
 	}
@@ -421,11 +421,14 @@ func (a *recovery) allConnected() bool {
 
 // again says that an attach that failed for want of a peer is worth beginning anew.
 func again(err error) error {
-	if errors.Is(err, torus.ErrFenced) || errors.Is(err, torus.ErrCorrupt) {
+	if errors.Is(err, torus.ErrFenced) || errors.Is(err, torus.ErrCorrupt) || errors.Is(err, errNotKept) {
 		return err
 	}
 	return fmt.Errorf("%w: %w", torus.ErrAgain, err)
 }
+
+// errNotKept ends an attach that was to go back to a moment which has passed out of what is kept meanwhile. Nothing brings it back.
+var errNotKept = fmt.Errorf("the moment to go back to is not kept any more: %w", torus.ErrNotExist)
 
 // window lists the blocks an older writer may have appended to, and their registered sets.
 func (a *recovery) window() error {

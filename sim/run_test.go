@@ -106,6 +106,7 @@ func TestSeedsThatFoundSomething(t *testing.T) {
 		1300: "a checkpoint ended before the moment that was pinned with the INode before it",
 		1711: "a torn tail in a block of a deleted volume that a clone needed was nobody's to mend",
 		3055: "a snapshot was taken while writes were under way that failed for want of space",
+		8505: "an attach tried for ever to go back to a moment that had passed out of what was kept",
 		3548: "an attach whose commit had lost its answer laid its window out anew, and never knew it again",
 	} {
 		if _, err := Play(seed, nil); err != nil {
