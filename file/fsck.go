@@ -272,6 +272,9 @@ func (c *fsck) load() error {
 		if again || tries >= fsckReloads {
 			c.f = nil
 			x := &Finding{Kind: FindINode, What: fmt.Sprintf("the newest INode, number %d, or its block table cannot be read: %v", st.Head.Number, err), Lost: []LostPages{{Count: pagesOf(st.Head.SizeBytes)}}}
+			if unavailable(err) {
+				x.Kind = FindUnknown
+			}
 			if checkExtent(st.Head.Inode, c.cfg.BlockSize) == nil {
 				x.Ref = extentRef(c.vol, st.Head.Inode)
 				for _, p := range c.cfg.Dist.Set(x.Ref, st.Head.Inode.Set) {
@@ -285,6 +288,12 @@ func (c *fsck) load() error {
 		}
 		c.t.Sleep(50 * time.Millisecond)
 	}
+}
+
+// unavailable reports whether an error is for want of a peer, rather than because of what peers have.
+func unavailable(err error) bool {
+	away := errors.Is(err, torus.ErrBlockUnavailable) || errors.Is(err, torus.ErrNoPeer) || errors.Is(err, torus.ErrAgain) || errors.Is(err, torus.ErrClosed)
+	return away && !errors.Is(err, torus.ErrCorrupt)
 }
 
 func pagesOf(size uint64) uint64 { return (size + pageSize - 1) / pageSize }
@@ -375,20 +384,18 @@ func (c *fsck) still(ref torus.BlockRef) (slot uint32, ok bool, err error) {
 
 // checkTable verifies the table by itself.
 func (c *fsck) checkTable() {
-	seen := make(map[torus.BlockRef]uint32, len(c.f.table.e))
 	for i := range c.f.table.e {
 		e := &c.f.table.e[i]
 		if !e.used {
 			continue
 		}
 		what := ""
-		if other, twice := seen[e.ref]; twice {
-			what = fmt.Sprintf("the block table lists it twice, as %d and %d", other, i)
+		if other := c.f.table.byRef[e.ref]; other != uint32(i) {
+			what = fmt.Sprintf("the block table lists it twice, as %d and %d", i, other)
 		} else if int(e.length) > c.blockPages {
 			what = fmt.Sprintf("the block table says that it has %d pages, of %d at most", e.length, c.blockPages)
 			e.length = 0 // not to be looked at further
 		}
-		seen[e.ref] = uint32(i)
 		if what != "" && !c.found(FindINode, e.ref) {
 			c.add(&Finding{Kind: FindINode, Ref: e.ref, What: what})
 		}

@@ -88,19 +88,13 @@ func (c *fsck) checkBlocks() error {
 		c.progress()
 		c.pace(bytes)
 	}
-	for _, x := range c.bad {
-		if b := c.lost[x.ref]; b != nil && b.v.lost.has(int(x.pos)) {
-			continue // what is to be said of the block says that
+	for i := range c.bad {
+		if err := c.stopped(); err != nil {
+			return err
 		}
-		f := &Finding{Kind: x.kind, Ref: x.ref, What: x.what, Lost: []LostPages{x.lost}}
-		if slot, ok := c.f.table.byRef[x.ref]; ok {
-			for _, p := range c.cfg.Dist.Candidates(x.ref, c.f.table.e[slot].peers) {
-				if !c.cfg.Dist.Healthy(p) {
-					f.Kind, f.Away = FindUnknown, append(f.Away, p)
-				}
-			}
+		if f := c.judgeBad(&c.bad[i]); f != nil {
+			c.add(f)
 		}
-		c.add(f)
 	}
 	return nil
 }

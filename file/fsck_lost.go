@@ -67,9 +67,17 @@ func (c *fsck) attributeTo(m named) error {
 		if moved && tries < fsckReloads {
 			continue
 		}
-		said := slices.ContainsFunc(c.report.Findings, func(x *Finding) bool { return x.Kind == FindLog && x.Lost[0].Of == m.of })
+		said := slices.ContainsFunc(c.report.Findings, func(x *Finding) bool {
+			return len(x.Lost) > 0 && x.Lost[0].Of == m.of && (x.Kind == FindLog || x.Kind == FindUnknown && x.Ref == (torus.BlockRef{}))
+		})
 		if !said && m.of != "" && Kept(c.st.VolumeState, m.at) {
-			c.add(&Finding{Kind: FindMoment, What: fmt.Sprintf("%s cannot be opened: %v", m.of, err), Lost: []LostPages{{Of: m.of, Count: pagesOf(m.at.SizeBytes)}}})
+			x := &Finding{Kind: FindUnknown, What: fmt.Sprintf("%s cannot be opened: %v", m.of, err), Lost: []LostPages{{Of: m.of, Count: pagesOf(m.at.SizeBytes)}}}
+			for _, b := range c.lost {
+				if b.finding.Kind == FindLost {
+					x.Kind = FindMoment
+				}
+			}
+			c.add(x)
 		}
 		return nil
 	}

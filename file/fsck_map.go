@@ -1,6 +1,7 @@
 package file
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
@@ -27,8 +28,11 @@ type badNode struct {
 	kind FindingKind
 	ref  torus.BlockRef
 	pos  uint32 // page of the block; 0: not known
+	e    entry  // of a node: where it is
 	what string
+	err  error
 	lost LostPages
+	log  []torus.BlockRef // of a log: where it is
 }
 
 // tree is one map being walked.
@@ -173,7 +177,7 @@ func (c *fsck) walkInode(h *models.Head, of string, prev []entry) (n *models.INo
 		if stopped := c.stopped(); stopped != nil {
 			return nil, nil, stopped
 		}
-		x := badNode{kind: FindINode, what: fmt.Sprintf("INode %d cannot be read: %v", h.Number, err), lost: LostPages{Of: of, Count: pagesOf(h.SizeBytes)}}
+		x := badNode{kind: FindINode, what: fmt.Sprintf("INode %d cannot be read: %v", h.Number, err), err: err, lost: LostPages{Of: of, Count: pagesOf(h.SizeBytes)}}
 		if of == "" {
 			x.lost.Of = ThePast
 		}
@@ -374,7 +378,7 @@ func (c *fsck) readNodes(tr *tree, ptrs []entry, firsts []uint64, covers uint64,
 			return true, nil
 		}
 		c.remember(badNode{
-			kind: FindMap, ref: ref, pos: ptrs[k].page(), lost: LostPages{tr.of, firsts[k], covers},
+			kind: FindMap, ref: ref, pos: ptrs[k].page(), e: ptrs[k], err: errs[k], lost: LostPages{tr.of, firsts[k], covers},
 			what: fmt.Sprintf("a node of the map of INode %d, at its page %d, cannot be read: %v", tr.number, ptrs[k].page(), errs[k]),
 		})
 		if moved && tr.first { // what else it points to may be gone as well
@@ -475,10 +479,15 @@ func (c *fsck) checkLog(m named) error {
 		if !Kept(c.st.VolumeState, m.at) {
 			return nil
 		}
-		if tries > 0 {
-			c.add(&Finding{Kind: FindLog, What: fmt.Sprintf("the log of %s cannot be read: %v", m.of, err), Lost: []LostPages{{Of: m.of, Count: pagesOf(m.at.SizeBytes)}}})
+		if tries >= copyTries {
+			x := badNode{kind: FindLog, what: fmt.Sprintf("the log of %s cannot be read: %v", m.of, err), err: err, lost: LostPages{Of: m.of, Count: pagesOf(m.at.SizeBytes)}}
+			for _, b := range c.f.logBehind(c.vol, m.at) {
+				x.log = append(x.log, b.ref)
+			}
+			c.remember(x)
 			return nil
 		}
+		c.t.Sleep(fsckRetry)
 	}
 }
 
@@ -494,4 +503,41 @@ func (c *fsck) claimRecord(r *foundRec) {
 			k++
 		}
 	}
+}
+
+// judgeBad says what is to be said of what could not be read, now that the copies of all blocks are known.
+func (c *fsck) judgeBad(x *badNode) *Finding {
+	if b := c.lost[x.ref]; b != nil && b.v.lost.has(int(x.pos)) {
+		return nil // that block's finding says it
+	}
+	f := &Finding{Kind: x.kind, Ref: x.ref, What: x.what, Lost: []LostPages{x.lost}}
+	if x.kind == FindLog {
+		damaged := errors.Is(x.err, torus.ErrCorrupt)
+		for _, ref := range x.log {
+			damaged = damaged || c.lost[ref] != nil && c.lost[ref].finding.Kind == FindLost
+		}
+		if !damaged {
+			f.Kind = FindUnknown
+		}
+		return f
+	}
+	slot, ok := c.f.table.byRef[x.ref]
+	if !ok {
+		return f
+	}
+	for _, p := range c.cfg.Dist.Candidates(x.ref, c.f.table.e[slot].peers) {
+		if !c.cfg.Dist.Healthy(p) {
+			f.Away = append(f.Away, p)
+		}
+	}
+	if x.e != 0 {
+		if err := c.readPage(c.f, x.e); err == nil {
+			f.Kind, f.What, f.Lost = FindUnknown, x.what+"; now it can be: what it points to was not checked", nil
+			return f
+		}
+	}
+	if len(f.Away) > 0 || unavailable(x.err) {
+		f.Kind = FindUnknown
+	}
+	return f
 }

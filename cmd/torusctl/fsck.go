@@ -218,6 +218,9 @@ func (f *fsckFinding) meaning(kind file.FindingKind, name string, mend bool) str
 	}
 	switch kind {
 	case file.FindUnknown:
+		if len(f.Away) == 0 {
+			return pages + "could not be checked; check again"
+		}
 		return "no good copy where peers could be asked: " + pages + "cannot be read; bring back " + names(f.Away)
 	case file.FindFewer:
 		return "the ring needs more members (torusctl peer add), or the volume was written when it had fewer"
