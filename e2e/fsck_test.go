@@ -1,8 +1,12 @@
 package e2e
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
+	"io"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -40,6 +44,24 @@ func (c *cluster) fsck(t *testing.T, well bool, args ...string) (v fsckJSON) {
 	return v
 }
 
+// scrubbed asks a peer whether it has read all its blocks once.
+func (c *cluster) scrubbed(ctx context.Context, p *peer) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+p.http+"/metrics", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := c.node(adminNode).client().Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err == nil && (!strings.Contains(string(b), "\ntorus_scrub_rounds_total ") || strings.Contains(string(b), "\ntorus_scrub_rounds_total 0\n")) {
+		err = errors.New("it has not scrubbed")
+	}
+	return err
+}
+
 // What has rotted on the disk of one peer is named by fsck, block and peer, while the volume is in use; --repair has it mended; and a peer that is down is no
 // damage (D1).
 func TestFsck(t *testing.T) {
@@ -61,8 +83,9 @@ func TestFsck(t *testing.T) {
 	}
 
 	sick := c.peers[0]
+	eventually(t, startLimit, "the first scrub is over, and the next is due in a day", func() error { return c.scrubbed(t.Context(), sick) })
 	flipped := 0
-	for _, f := range slotFiles(t, c.peerDir(sick.name)) { // while it runs: its first scrub, of nothing, is long over
+	for _, f := range slotFiles(t, c.peerDir(sick.name)) {
 		flipped += flipBytes(t, f, in, func(page uint64) bool { return page%256 == 3 })
 	}
 	if flipped == 0 {

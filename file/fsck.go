@@ -153,7 +153,6 @@ type fsck struct {
 	badAt      map[badPlace]bool
 	lost       map[torus.BlockRef]*lostBlock // blocks of which something is lost
 	odd        map[torus.BlockRef]*lostBlock // blocks that are not what maps say
-	free       [][]byte                      // for copies
 	done       uint64                        // bytes
 	total      uint64
 	paced      time.Duration // loop time before which nothing more is read

@@ -13,6 +13,8 @@ import (
 const (
 	// copyPiece is how many bytes of a copy are asked for at a time.
 	copyPiece = 1 << 20
+	// fsckBlocks bounds the blocks that are read at a time.
+	fsckBlocks = 64
 	// copyTries is how often a peer is asked again that is busy, or was away for a moment.
 	copyTries = 5
 	// maxOdd bounds the blocks of which it is remembered in detail what is wrong with them.
@@ -75,7 +77,7 @@ func (c *fsck) checkBlocks() error {
 			}
 			w := c.want(uint32(i))
 			size := int(w.length) * len(w.home)
-			if len(batch) > 0 && bytes+size > most {
+			if len(batch) == fsckBlocks || len(batch) > 0 && bytes+size > most {
 				break
 			}
 			batch, bytes = append(batch, w), bytes+size
@@ -84,7 +86,6 @@ func (c *fsck) checkBlocks() error {
 		if err := c.judgeAll(batch); err != nil {
 			return err
 		}
-		c.recycle(batch)
 		c.progress()
 		c.pace(bytes)
 	}
@@ -125,30 +126,9 @@ func (c *fsck) inParallel(jobs []func(*loop.Task)) {
 	})
 }
 
-// buffer returns room for a copy.
-func (c *fsck) buffer(n uint32) []byte {
-	if k := len(c.free); k > 0 {
-		b := c.free[k-1]
-		c.free = c.free[:k-1]
-		return b[:n]
-	}
-	return make([]byte, n, max(n, c.cfg.BlockSize))
-}
-
-func (c *fsck) recycle(batch []*wanted) {
-	for _, w := range batch {
-		for _, x := range w.copies {
-			if x.data != nil && len(c.free) < 256 {
-				c.free = append(c.free, x.data)
-			}
-			x.data = nil
-		}
-	}
-}
-
 // readCopy reads what a peer has of a block.
 func (c *fsck) readCopy(t *loop.Task, w *wanted, x *blockCopy) {
-	x.data = c.buffer(w.length)
+	x.data = make([]byte, w.length)
 	for off := uint32(0); off < w.length; {
 		b := x.data[off:min(off+copyPiece, w.length)]
 		err := c.readPiece(t, w, x.peer, off, b)

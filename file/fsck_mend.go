@@ -85,7 +85,6 @@ func (c *fsck) mended(x *Finding) (bool, error) {
 	c.readCopy(c.t, w, y)
 	w.v = examine(w.ref, w.length, w.copies, w.claims)
 	good := w.v.whole() && w.v.claimed
-	c.recycle([]*wanted{w})
 	if good || y.away != nil {
 		return good, c.stopped()
 	}
