@@ -44,6 +44,7 @@ type fakePeer struct {
 	conns    []*fakeConn
 	connects time.Duration             // how long that takes
 	hold     func(*torus.Request) bool // a request that this holds up is not served as long as it does
+	now      func(*torus.Request) bool // a request that is answered before Submit returns
 }
 
 type fakeConn struct {
@@ -67,6 +68,10 @@ func (c *fakeConn) Close() { c.open = false }
 func (c *fakeConn) Submit(q *torus.Request) {
 	if !c.open {
 		q.Finish(torus.ErrNoPeer)
+		return
+	}
+	if c.p.now != nil && c.p.now(q) {
+		q.Finish(c.p.serve(q))
 		return
 	}
 	x := &flight{Request: q}
