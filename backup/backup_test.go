@@ -379,8 +379,16 @@ func TestInterrupted(t *testing.T) {
 	if len(objects(t, dir, "packs")) == 0 {
 		t.Fatal("nothing was stored before it was cut off")
 	}
+	// What is half written has another name.
+	half := filepath.Join(dir, "backups", "v", "20260101-000000.000-0000.1a2b.tmp")
+	if err := errors.Join(os.MkdirAll(filepath.Dir(half), 0o700), os.WriteFile(half, []byte("{"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if l, bad, err := r.List(t.Context(), "v"); len(l)+len(bad) > 0 || err != nil {
+		t.Errorf("there are backups: %v %v %v", l, bad, err)
+	}
 	p, err := r.Prune(t.Context(), backup.PruneConfig{})
-	if err != nil || p.Objects == 0 || len(objects(t, dir, "packs")) > 0 || len(objects(t, dir, "locks")) > 0 {
+	if err != nil || p.Objects == 0 || len(objects(t, dir, "packs")) > 0 || len(objects(t, dir, "locks")) > 0 || len(objects(t, dir, "backups")) > 0 {
 		t.Errorf("prune: %+v, %v", p, err)
 	}
 }

@@ -149,9 +149,9 @@ func (r *Repository) Prune(ctx context.Context, cfg PruneConfig) (*Pruned, error
 			return nil, err
 		}
 	}
-	for _, dir := range []string{mapsDir, packsDir} {
-		err := r.each(ctx, dir, func(o *blob.ListObject) error {
-			if needed[o.Key] {
+	for _, dir := range []string{mapsDir, packsDir, backupDir, locksDir} {
+		err := r.all(ctx, dir, func(o *blob.ListObject) error {
+			if needed[o.Key] || (dir == backupDir || dir == locksDir) && !r.unfinished(o.Key) {
 				return nil
 			}
 			res.Objects++

@@ -83,11 +83,11 @@ func (r *Repository) open(ctx context.Context, create bool) error {
 		if !create {
 			return notThere(r.where)
 		}
-		it := r.bucket.List(nil)
-		if o, err := it.Next(ctx); err == nil {
+		err = r.each(ctx, "", func(o *blob.ListObject) error {
 			return fmt.Errorf("%s is no repository of backups and not empty: it has %s: %w\nname a place of its own, for example another directory or ?prefix=", r.where, o.Key, torus.ErrInvalid)
-		} else if !errors.Is(err, io.EOF) {
-			return r.failed("list", "", err)
+		})
+		if err != nil {
+			return err
 		}
 		if b, err = json.Marshal(mark{Format: format, Created: time.Now().UTC().Round(time.Second)}); err != nil {
 			return err
@@ -192,6 +192,21 @@ func (r *Repository) settle() error {
 
 // each calls fn for every object whose key begins with prefix.
 func (r *Repository) each(ctx context.Context, prefix string, fn func(*blob.ListObject) error) error {
+	return r.all(ctx, prefix, func(o *blob.ListObject) error {
+		if r.unfinished(o.Key) {
+			return nil
+		}
+		return fn(o)
+	})
+}
+
+// unfinished reports whether an object is what somebody who was killed had begun to write: in a directory it gets its name when it is whole.
+func (r *Repository) unfinished(key string) bool {
+	return r.dir != "" && strings.HasSuffix(key, ".tmp")
+}
+
+// all is each, what is unfinished included.
+func (r *Repository) all(ctx context.Context, prefix string, fn func(*blob.ListObject) error) error {
 	for it := r.bucket.List(&blob.ListOptions{Prefix: prefix}); ; {
 		o, err := it.Next(ctx)
 		if errors.Is(err, io.EOF) {
