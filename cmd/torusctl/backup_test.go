@@ -13,6 +13,7 @@ import (
 	"github.com/johannesboyne/gofakes3"
 	"github.com/johannesboyne/gofakes3/backend/s3mem"
 
+	"github.com/coreos/torus/backup"
 	"github.com/coreos/torus/cmd/internal/clitest"
 	"github.com/coreos/torus/e2e/nbdclient"
 )
@@ -182,6 +183,11 @@ func glob(t *testing.T, dir, pattern string) []string {
 func TestBackupRefusals(t *testing.T) {
 	c := initCluster(t)
 	dir := t.TempDir()
+	r, err := backup.Open(t.Context(), dir, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
 	c.run("volume", "create-block", "v", "1MiB").CheckSuccess(t)
 	for line, want := range map[string][]string{
 		"backup create none " + dir:                {"none", "does not exist", "torusctl volume list"},
