@@ -9,6 +9,7 @@ import (
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/buf"
+	"github.com/coreos/torus/device"
 	"github.com/coreos/torus/distributor"
 	"github.com/coreos/torus/loop"
 	"github.com/coreos/torus/record"
@@ -51,11 +52,12 @@ func (f *File) maybeCompact() {
 	if f.compacting || f.closing || f.closed || f.err != nil || f.cfg.Utilisation <= 0 && !f.flattening || f.full {
 		return
 	}
-	slots := f.victims()
+	slots, pace := f.victims()
 	if len(slots) == 0 {
 		return
 	}
 	f.compacting = true
+	f.setPace(pace)
 	loop.Go(f.loop, func(t *loop.Task) {
 		err := f.compactAll(t, slots)
 		f.compacting = false
@@ -77,7 +79,9 @@ type avoided struct {
 
 func (f *File) avoid(slot uint32, err error) {
 	ref := f.table.e[slot].ref
-	f.log.Warn("a block cannot be compacted, leaving it alone for a while", "block", ref, "err", err)
+	if !f.avoids(slot) && !f.closing && f.err == nil {
+		f.log.Warn("a block cannot be compacted, leaving it alone for a while", "block", ref, "err", err)
+	}
 	f.avoided[slot] = avoided{ref, f.loop.Now() + avoidFor}
 }
 
@@ -92,7 +96,7 @@ func (f *File) avoids(slot uint32) bool {
 
 // compactAll compacts victims until there are none.
 func (f *File) compactAll(t *loop.Task, slots []uint32) error {
-	for ; len(slots) > 0; slots = f.victims() {
+	for len(slots) > 0 {
 		for ; len(slots) > 0; slots = f.still(slots) {
 			began, log := f.loop.Now(), f.stats.LogBytes
 			n, pages := 0, 0
@@ -120,6 +124,9 @@ func (f *File) compactAll(t *loop.Task, slots []uint32) error {
 				t.Sleep(f.loop.Now() - began) // half of the time belongs to those who write
 			}
 		}
+		var pace float64
+		slots, pace = f.victims()
+		f.setPace(pace)
 	}
 	return nil
 }
@@ -146,6 +153,13 @@ func (f *File) allow(n int64) {
 // paced reports whether whoever writes has to wait for compaction.
 func (f *File) paced() bool { return f.pace > 0 && f.allowance <= 0 }
 
+// charge takes a request off what may be written: what it brings to store, and not what it trims or fills with zeroes, which may be a terabyte.
+func (f *File) charge(r *device.Request) {
+	if r.Op == device.Write {
+		f.allowance -= int64(r.Len)
+	}
+}
+
 // still drops from a list of victims what has died in the meantime.
 func (f *File) still(slots []uint32) []uint32 {
 	return slices.DeleteFunc(slots, func(s uint32) bool {
@@ -155,9 +169,9 @@ func (f *File) still(slots []uint32) []uint32 {
 }
 
 // victims returns what to compact, best first: as much as brings the data blocks to the target, and not more than some at once. What a
-// pin needs anyway is left alone. It sets the pace of those who write.
+// pin needs anyway is left alone. pace is how many bytes may be written meanwhile for each that is moved; see setPace.
 // To flatten a clone is to take what it has of its origin for victims.
-func (f *File) victims() (slots []uint32) {
+func (f *File) victims() (slots []uint32, pace float64) {
 	type candidate struct {
 		slot  uint32
 		score float64
@@ -188,8 +202,7 @@ func (f *File) victims() (slots []uint32) {
 	dead := int64(length) - int64(float64(live)/target)
 	slack := uint64(f.cfg.CompactSlack) * uint64(f.cfg.BlockSize) / pageSize
 	if dead <= 0 || length-live < slack {
-		f.setPace(0)
-		return slots
+		return slots, 0
 	}
 	slices.SortFunc(l, func(x, y candidate) int {
 		return cmp.Or(cmp.Compare(y.score, x.score), cmp.Compare(x.slot, y.slot))
@@ -200,12 +213,10 @@ func (f *File) victims() (slots []uint32) {
 		dead -= int64(e.length - e.live)
 		moved += e.live
 	}
-	pace := 0.0
 	if below := target - float64(live)/float64(max(live, length-slack)); f.cfg.Utilisation > 0 && below > paceFrom && len(slots) > 0 {
 		pace = max(paceLeast, paceMost-(paceMost-paceLeast)*(below-paceFrom)/(paceTo-paceFrom))
 	}
-	f.setPace(pace)
-	return slots
+	return slots, pace
 }
 
 // compact moves what is alive in some blocks. One that cannot be read is avoided for a while, and is not an error.

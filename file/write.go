@@ -58,16 +58,18 @@ func (f *File) write(r *device.Request) {
 		r.Finish(device.ErrOutOfSpace)
 		return
 	}
-	if f.retained >= f.cfg.RetainBytes || len(f.waiting) > 0 || f.paced() && !dataless(r) {
+	paced := f.paced() && r.Op == device.Write
+	if f.retained >= f.cfg.RetainBytes || len(f.waiting) > 0 || paced {
 		f.waiting = append(f.waiting, newPending(r))
-		if f.paced() {
+		if paced {
 			f.stats.Paced++
-		} else {
+		}
+		if !paced || f.retained >= f.cfg.RetainBytes {
 			f.startSync()
 		}
 		return
 	}
-	f.allowance -= int64(r.Len)
+	f.charge(r)
 	f.begin(r, nil)
 }
 
@@ -80,7 +82,7 @@ func dataless(r *device.Request) bool {
 func (f *File) resumeWaiting() {
 	for len(f.waiting) > 0 && f.retained < f.cfg.RetainBytes && !f.paced() && f.err == nil {
 		p := f.waiting[0]
-		f.allowance -= int64(p.r.Len)
+		f.charge(p.r)
 		f.waiting = f.waiting[1:]
 		if len(f.waiting) == 0 {
 			f.waiting = nil
