@@ -119,17 +119,24 @@ func (c *creation) choose(ctx context.Context) error {
 	if c.cfg.Full {
 		return nil
 	}
-	l, bad, err := c.r.List(ctx, c.cfg.Volume)
+	keys, err := c.r.keys(ctx, c.cfg.Volume+"/")
 	if err != nil {
 		return err
 	}
-	for _, d := range bad {
-		c.cfg.Log.Warn("a backup is damaged, and passed over; see `torusctl backup verify`", "object", d.Object, "err", d.Err)
+	for n := len(keys) - 1; n >= 0 && c.base == nil; n-- {
+		b, err := c.r.load(ctx, keys[n])
+		switch {
+		case err == nil:
+			c.base = b
+		case damage(err):
+			c.cfg.Log.Warn("a backup is damaged, and passed over; see `torusctl backup verify`", "object", keys[n], "err", err)
+		default:
+			return err
+		}
 	}
-	if len(l) == 0 {
+	if c.base == nil {
 		return nil
 	}
-	c.base = l[len(l)-1]
 	c.b.Base = c.base.ID
 	if c.b.ID <= c.base.ID {
 		return fmt.Errorf("the newest backup of %s, %s, is of a time to come: %w\ncheck the clocks", c.cfg.Volume, c.base.ID, torus.ErrInvalid)
@@ -176,7 +183,7 @@ func (c *creation) section(ctx context.Context, n uint64, places []file.Place) (
 		switch {
 		case err == nil:
 			oldName = c.base.Sections[n]
-		case errors.Is(err, torus.ErrCorrupt), errors.Is(err, torus.ErrNotExist):
+		case damage(err):
 			c.cfg.Log.Warn("what the backup is compared with is damaged, so all of this part is moved", "base", c.base.Name(), "err", err)
 		default:
 			return "", err

@@ -2,7 +2,6 @@ package backup
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -95,26 +94,26 @@ type Damage struct {
 
 // List returns the backups of a volume, or of all (vol empty), the oldest of each volume first, and the objects that should be backups but cannot be read.
 func (r *Repository) List(ctx context.Context, vol string) (l []*Backup, bad []Damage, err error) {
-	prefix := backupDir
 	if vol != "" {
-		prefix += vol + "/"
+		vol += "/"
 	}
-	err = r.each(ctx, prefix, func(o *blob.ListObject) error {
-		b, err := r.load(ctx, o.Key)
-		switch {
+	keys, err := r.keys(ctx, vol)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, key := range keys {
+		switch b, err := r.load(ctx, key); {
 		case err == nil:
 			l = append(l, b)
 		case ctx.Err() != nil:
-			return context.Cause(ctx)
+			return nil, nil, context.Cause(ctx)
 		case damage(err):
-			bad = append(bad, Damage{Object: o.Key, Err: err, Of: []string{strings.Replace(strings.TrimPrefix(o.Key, backupDir), "/", "@", 1)}})
+			bad = append(bad, Damage{Object: key, Err: err, Of: []string{strings.Replace(strings.TrimPrefix(key, backupDir), "/", "@", 1)}})
 		default:
-			return err
+			return nil, nil, err
 		}
-		return nil
-	})
-	slices.SortFunc(l, func(x, y *Backup) int { return cmp.Or(cmp.Compare(x.Volume, y.Volume), cmp.Compare(x.ID, y.ID)) })
-	return l, bad, err
+	}
+	return l, bad, nil
 }
 
 func (r *Repository) load(ctx context.Context, key string) (*Backup, error) {
@@ -132,6 +131,16 @@ func (r *Repository) load(ctx context.Context, key string) (*Backup, error) {
 	return b, nil
 }
 
+// keys returns those of the backups whose VOL/ID begins with prefix, in the order of volumes and time.
+func (r *Repository) keys(ctx context.Context, prefix string) (l []string, err error) {
+	err = r.each(ctx, backupDir+prefix, func(o *blob.ListObject) error {
+		l = append(l, o.Key)
+		return nil
+	})
+	slices.Sort(l)
+	return l, err
+}
+
 // Find returns a backup by its name: VOL@ID, VOL@ and the beginning of an ID, or VOL for its newest. Errors: torus.ErrNotExist, torus.ErrInvalid if
 // there are several.
 func (r *Repository) Find(ctx context.Context, name string) (*Backup, error) {
@@ -139,15 +148,10 @@ func (r *Repository) Find(ctx context.Context, name string) (*Backup, error) {
 	if vol == "" || strings.Contains(vol, "/") || strings.Contains(id, "/") {
 		return nil, fmt.Errorf("%q names no backup: %w\nwrite it as VOLUME or VOLUME@ID", name, torus.ErrInvalid)
 	}
-	var keys []string
-	err := r.each(ctx, backupDir+vol+"/"+id, func(o *blob.ListObject) error {
-		keys = append(keys, o.Key)
-		return nil
-	})
+	keys, err := r.keys(ctx, vol+"/"+id)
 	if err != nil {
 		return nil, err
 	}
-	slices.Sort(keys)
 	switch {
 	case len(keys) == 0:
 		return nil, &torus.Error{Op: "find", Obj: "backup " + name, Err: torus.ErrNotExist, Hint: "`torusctl backup list " + r.where + "` shows the backups there are"}

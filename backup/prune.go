@@ -1,7 +1,6 @@
 package backup
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -193,16 +192,15 @@ func (r *Repository) needed(ctx context.Context, l []*Backup) (map[string]bool, 
 
 // Exists fails if there is no backup of a volume.
 func (r *Repository) Exists(ctx context.Context, vol string) error {
-	l, bad, err := r.List(ctx, vol)
-	if err == nil && len(l)+len(bad) == 0 {
-		var of []string
-		if all, _, err := r.List(ctx, ""); err == nil {
-			for _, b := range all {
-				of = append(of, b.Volume)
-			}
-		}
-		slices.SortFunc(of, cmp.Compare[string])
-		err = &torus.Error{Op: "find", Obj: "backups of volume " + vol, Err: torus.ErrNotExist, Hint: "the repository has backups of: " + strings.Join(slices.Compact(of), ", ")}
+	keys, err := r.keys(ctx, vol+"/")
+	if err != nil || len(keys) > 0 {
+		return err
 	}
-	return err
+	if keys, err = r.keys(ctx, ""); err != nil {
+		return err
+	}
+	for i, key := range keys {
+		keys[i], _, _ = strings.Cut(strings.TrimPrefix(key, backupDir), "/")
+	}
+	return &torus.Error{Op: "find", Obj: "backups of volume " + vol, Err: torus.ErrNotExist, Hint: "the repository has backups of: " + strings.Join(slices.Compact(keys), ", ")}
 }

@@ -117,7 +117,7 @@ func (rd *Reader) ReadAt(ctx context.Context, p []byte, off uint64) error {
 	return nil
 }
 
-// holes returns how many bytes from off on, up to n, are of one kind, and whether they are zeroes that nobody has to read.
+// extent returns how many bytes from off on, up to n, are of one kind, and whether they are zeroes that nobody has to read.
 func (rd *Reader) extent(ctx context.Context, off, n uint64) (uint64, bool, error) {
 	s, err := rd.section(ctx, off/sectionBytes)
 	if err != nil {

@@ -1,6 +1,7 @@
 package backup
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -19,13 +20,12 @@ type Directory struct {
 	log  *slog.Logger
 	ctx  context.Context
 	stop context.CancelFunc
-	open map[*served]struct{}
 }
 
 // NewDirectory serves a repository on a loop. Close it before the repository.
 func NewDirectory(r *Repository, l loop.Loop, log *slog.Logger) *Directory {
 	ctx, stop := context.WithCancel(context.Background())
-	return &Directory{r: r, l: l, log: log, ctx: ctx, stop: stop, open: map[*served]struct{}{}}
+	return &Directory{r: r, l: l, log: log, ctx: ctx, stop: stop}
 }
 
 // Stop ends the reads that are under way; those to come fail.
@@ -45,12 +45,7 @@ func (d *Directory) List(done func([]device.Info, error)) {
 		for _, x := range bad {
 			d.log.Error("a backup is damaged", "object", x.Object, "err", x.Err)
 		}
-		slices.SortFunc(infos, func(x, y device.Info) int {
-			if x.Name < y.Name {
-				return -1
-			}
-			return 1
-		})
+		slices.SortFunc(infos, func(x, y device.Info) int { return cmp.Compare(x.Name, y.Name) })
 		d.l.Post(func() { done(infos, err) })
 	}()
 }
@@ -90,17 +85,13 @@ func (d *Directory) Open(name string, done func(device.Device, error)) {
 			done(nil, err)
 			return
 		}
-		s := &served{d: d, rd: d.r.NewReader(b), places: make(chan struct{}, servedReads)}
-		d.open[s] = struct{}{}
-		done(s, nil)
+		done(&served{d: d, rd: d.r.NewReader(b), slots: make(chan struct{}, servedReads)}, nil)
 	})
 }
 
 // Close ends the use of a backup. Nothing of it is under way.
 func (d *Directory) Close(_ string, dev device.Device) {
-	s := dev.(*served)
-	delete(d.open, s)
-	s.rd.Close()
+	dev.(*served).rd.Close()
 }
 
 // servedReads bounds the reads of the repository under way for one client.
@@ -108,9 +99,9 @@ const servedReads = 16
 
 // served is a backup as a device.
 type served struct {
-	d      *Directory
-	rd     *Reader
-	places chan struct{}
+	d     *Directory
+	rd    *Reader
+	slots chan struct{} // as many as reads may be under way
 }
 
 func (s *served) Size() uint64   { return s.rd.b.Size }
@@ -131,7 +122,7 @@ func (s *served) Submit(r *device.Request) {
 		return
 	}
 	go func() {
-		s.places <- struct{}{}
+		s.slots <- struct{}{}
 		var err error
 		if r.Op == device.Read {
 			err = s.rd.ReadAt(s.d.ctx, r.Data, r.Off)
@@ -142,7 +133,7 @@ func (s *served) Submit(r *device.Request) {
 				r.Extents = append(r.Extents[:0], device.Extent{Len: n, Hole: zero, Zero: zero})
 			}
 		}
-		<-s.places
+		<-s.slots
 		if err != nil {
 			s.d.log.Error("a read of a backup failed", "backup", s.rd.b.Name(), "off", r.Off, "len", r.Len, "err", err)
 		}

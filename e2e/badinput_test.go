@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -224,6 +225,22 @@ func testRotEverywhere(t *testing.T, attached bool) {
 	os.Remove(out) //nolint:errcheck // it is written anew
 	tool(t, "nbdcopy", b.export(volume).URI(), out)
 	sameFile(t, in, out)
+}
+
+// filledVolume makes a volume full of random pages, and releases it. in is a file with what it holds, img, and b the torusblk it was written by.
+func (c *cluster) filledVolume(t *testing.T, pages int, seed byte) (volume, in string, img []byte, b *blk) {
+	t.Helper()
+	volume = c.newVolume(t, fmt.Sprint(pages*pageSize))
+	img = make([]byte, pages*pageSize)
+	rand.NewChaCha8([32]byte{seed}).Read(img) //nolint:errcheck // it cannot fail
+	in = filepath.Join(c.dir, "in")
+	if err := os.WriteFile(in, img, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	b = c.newBlk(t)
+	tool(t, "nbdcopy", "--flush", in, b.export(volume).URI())
+	b.interrupt(t, syscall.SIGTERM, 15*time.Second)
+	return volume, in, img, b
 }
 
 // slotFiles are the files in which a peer keeps blocks.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -190,21 +191,28 @@ func (c *cluster) waitEtcd(t *testing.T) {
 
 // getOK asks a page that must be there.
 func (c *cluster) getOK(ctx context.Context, url string) error {
+	_, err := c.get(ctx, url)
+	return err
+}
+
+// get returns a page.
+func (c *cluster) get(ctx context.Context, url string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
-		return err
+		return "", err
 	}
 	resp, err := c.node(adminNode).client().Do(req)
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s: %s", url, resp.Status)
+	b, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s", url, resp.Status)
 	}
-	return nil
+	return string(b), err
 }
 
 func (c *cluster) peerDir(name string) string { return filepath.Join(c.dir, name) }

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -233,16 +232,7 @@ func (d *sickDisk) forgetFile(t *testing.T, name string) {
 func TestRotInEveryCopy(t *testing.T) {
 	const pages = 4096
 	c := ownCluster(t)
-	volume := c.newVolume(t, "64MiB")
-	img := make([]byte, pages*pageSize)
-	rand.NewChaCha8([32]byte{7}).Read(img) //nolint:errcheck // it cannot fail
-	in := filepath.Join(c.dir, "in")
-	if err := os.WriteFile(in, img, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	b := c.newBlk(t)
-	tool(t, "nbdcopy", "--flush", in, b.export(volume).URI())
-	b.interrupt(t, syscall.SIGTERM, 15*time.Second)
+	volume, in, img, b := c.filledVolume(t, pages, 7)
 	lost := func(page uint64) bool { return page%8 == 3 }
 	flipped := 0
 	for _, p := range c.peers { // all at once: a peer that starts beside one whose copies are good still would mend its own

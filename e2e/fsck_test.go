@@ -4,13 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"io"
-	"math/rand/v2"
-	"net/http"
-	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -46,17 +41,8 @@ func (c *cluster) fsck(t *testing.T, well bool, args ...string) (v fsckJSON) {
 
 // scrubbed asks a peer whether it has read all its blocks once.
 func (c *cluster) scrubbed(ctx context.Context, p *peer) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+p.http+"/metrics", nil)
-	if err != nil {
-		return err
-	}
-	resp, err := c.node(adminNode).client().Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(resp.Body)
-	if err == nil && (!strings.Contains(string(b), "\ntorus_scrub_rounds_total ") || strings.Contains(string(b), "\ntorus_scrub_rounds_total 0\n")) {
+	page, err := c.get(ctx, "http://"+p.http+"/metrics")
+	if err == nil && (!strings.Contains(page, "\ntorus_scrub_rounds_total ") || strings.Contains(page, "\ntorus_scrub_rounds_total 0\n")) {
 		err = errors.New("it has not scrubbed")
 	}
 	return err
@@ -67,16 +53,7 @@ func (c *cluster) scrubbed(ctx context.Context, p *peer) error {
 func TestFsck(t *testing.T) {
 	const pages = 4096
 	c := ownCluster(t)
-	volume := c.newVolume(t, "64MiB")
-	img := make([]byte, pages*pageSize)
-	rand.NewChaCha8([32]byte{9}).Read(img) //nolint:errcheck // it cannot fail
-	in := filepath.Join(c.dir, "in")
-	if err := os.WriteFile(in, img, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	b := c.newBlk(t)
-	tool(t, "nbdcopy", "--flush", in, b.export(volume).URI())
-	b.interrupt(t, syscall.SIGTERM, 15*time.Second)
+	volume, in, img, b := c.filledVolume(t, pages, 9)
 	whole := c.fsck(t, true, volume)
 	if whole.Status != "ok" || whole.Copies == 0 || len(whole.Findings) > 0 {
 		t.Fatalf("%+v", whole)

@@ -113,7 +113,13 @@ func (s *taken) read(t *testing.T, b *blk, volume, dir string, w *stamper, i int
 	} else {
 		tool(t, "qemu-img", "convert", "-f", "raw", "-O", "raw", uri, out)
 	}
-	f, err := os.Open(out)
+	return w.region(t, out)
+}
+
+// region reads what the stamper writes to from a copy of the volume.
+func (w *stamper) region(t *testing.T, path string) []byte {
+	t.Helper()
+	f, err := os.Open(path)
 	if err != nil {
 		t.Fatal(err)
 	}

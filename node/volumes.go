@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"time"
 
@@ -72,15 +73,18 @@ func (v *Volumes) Stat(ctx context.Context, name string) (device.Info, error) {
 }
 
 func (v *Volumes) disconnect() error {
+	v.loop.Post(v.dir.Stop) // a client may be waiting for an attach that waits for peers
+	return disconnect(v.loop, v.srv, v.log)
+}
+
+// disconnect ends a server when it has answered what is under way.
+func disconnect(l *eventLoop, srv *nbd.Server, log *slog.Logger) error {
 	done := make(chan struct{})
-	v.loop.Post(func() {
-		v.dir.Stop() // a client may be waiting for an attach that waits for peers
-		v.srv.Shutdown(func() { close(done) })
-	})
+	l.Post(func() { srv.Shutdown(func() { close(done) }) })
 	select {
 	case <-done:
 	case <-time.After(shutdownTimeout):
-		v.log.Error("clients' requests were not answered in time", "timeout", shutdownTimeout)
+		log.Error("clients' requests were not answered in time", "timeout", shutdownTimeout)
 	}
 	return nil
 }
