@@ -7,7 +7,6 @@ import (
 	"errors"
 	"maps"
 	"math/rand/v2"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -15,29 +14,18 @@ import (
 	"testing"
 	"time"
 
-	"github.com/johannesboyne/gofakes3"
-	"github.com/johannesboyne/gofakes3/backend/s3mem"
 	_ "gocloud.dev/blob/s3blob"
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/backup"
+	"github.com/coreos/torus/backup/backuptest"
 	"github.com/coreos/torus/file"
 )
 
 // stores are places for repositories: a directory, and an object store behind its protocol.
 func stores(t *testing.T, fn func(t *testing.T, where string)) {
 	t.Run("directory", func(t *testing.T) { fn(t, filepath.Join(t.TempDir(), "new")) })
-	t.Run("s3", func(t *testing.T) {
-		backend := s3mem.New()
-		if err := backend.CreateBucket("b"); err != nil {
-			t.Fatal(err)
-		}
-		srv := httptest.NewServer(gofakes3.New(backend).Server())
-		t.Cleanup(srv.Close)
-		t.Setenv("AWS_ACCESS_KEY_ID", "key")
-		t.Setenv("AWS_SECRET_ACCESS_KEY", "secret")
-		fn(t, "s3://b?prefix=some/where/&region=any&use_path_style=true&disable_https=true&endpoint="+srv.URL)
-	})
+	t.Run("s3", func(t *testing.T) { fn(t, backuptest.S3(t)+"&prefix=some/where/") })
 }
 
 // Each of a row of backups of a volume that is overwritten, trimmed, compacted and grown restores as it was, also after others are gone.

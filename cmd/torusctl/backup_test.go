@@ -3,33 +3,17 @@ package main
 import (
 	"bytes"
 	"encoding/json"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 
-	"github.com/johannesboyne/gofakes3"
-	"github.com/johannesboyne/gofakes3/backend/s3mem"
-
 	"github.com/coreos/torus/backup"
+	"github.com/coreos/torus/backup/backuptest"
 	"github.com/coreos/torus/cmd/internal/clitest"
 	"github.com/coreos/torus/e2e/nbdclient"
 )
-
-// s3 is an object store in this process, with an empty bucket b.
-func s3(t *testing.T) string {
-	backend := s3mem.New()
-	if err := backend.CreateBucket("b"); err != nil {
-		t.Fatal(err)
-	}
-	srv := httptest.NewServer(gofakes3.New(backend).Server())
-	t.Cleanup(srv.Close)
-	t.Setenv("AWS_ACCESS_KEY_ID", "key")
-	t.Setenv("AWS_SECRET_ACCESS_KEY", "secret")
-	return "s3://b?region=any&use_path_style=true&disable_https=true&endpoint=" + srv.URL
-}
 
 // Backups of a volume in use, by the commands: each restores as the volume was, moves what is new, and is found out when damaged.
 func TestBackupCommands(t *testing.T) {
@@ -161,7 +145,7 @@ func TestBackupCommands(t *testing.T) {
 	c.reads(t, "again", want)
 
 	// The same in an object store.
-	store := s3(t)
+	store := backuptest.S3(t)
 	c.run("backup", "create", "v", store).CheckSuccess(t)
 	c.run("backup", "create", "v", store).CheckSuccess(t, "of which 0 B is new")
 	alone.run("backup", "verify", store).CheckSuccess(t, "2 backups")
