@@ -74,6 +74,7 @@ func (f *File) acknowledge() {
 		r.acked = true
 		f.acked = r.seq
 		f.over.put(r)
+		f.ahead.forget(&r.hdr)
 		f.prefetch(&r.hdr)
 		// Finish may come back to us, and r may be gone when it returns.
 		seq, reqs := r.seq, r.reqs

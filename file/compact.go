@@ -315,12 +315,12 @@ func (f *File) fetch(t *loop.Task, l []moving) (bufs []*buf.Buf) {
 	for i := range at {
 		at[i] = i
 	}
-	slices.SortFunc(at, func(x, y int) int { return cmp.Compare(l[x].from>>26, l[y].from>>26) })
+	slices.SortFunc(at, func(x, y int) int { return cmp.Compare(l[x].from.place(), l[y].from.place()) })
 	var runs [][]int
 	from := func(i int) entry { return l[at[i]].from }
 	for n := 0; n < len(at); {
 		k := n + 1
-		for k < len(at) && from(k).slot() == from(n).slot() && from(k).page()-from(k-1).page() <= compactGap+1 && from(k).page()-from(n).page() < runPages {
+		for k < len(at) && from(k).near(from(k-1), compactGap) && from(k).page()-from(n).page() < runPages {
 			k++
 		}
 		runs = append(runs, at[n:k])

@@ -117,6 +117,7 @@ type Stats struct {
 	Rolls, Checkpoints, Syncs, Records uint64
 	RetainedBytes                      int
 	LiveBytes, StoredBytes             uint64
+	AheadBytes, AheadUsed              uint64 // read ahead, and given of that to who came for it
 	Leaves, DirtyLeaves                int
 }
 
@@ -172,6 +173,8 @@ type File struct {
 	blocked   []*pending // writes to a page whose read-modify-write is under way
 	freeReads []*readOp
 	freeRuns  []*readRun
+	ahead     ahead
+	reading   uint64 // bytes of reads under way
 
 	m     fmap
 	table table
@@ -299,6 +302,7 @@ func (f *File) fail(err error) {
 		}
 	}
 	f.waiting, f.blocked = nil, nil
+	f.ahead.clear()
 	if f.unwatch != nil {
 		f.unwatch()
 		f.unwatch = nil

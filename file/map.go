@@ -48,9 +48,12 @@ func (e entry) slot() uint32 { return uint32(e >> 40) }
 func (e entry) page() uint32 { return uint32(e>>26) & 0x3fff }
 func (e entry) crc() uint32  { return uint32(e) & 0xffffff }
 
-// follows reports whether e's page lies right behind prev's.
-func (e entry) follows(prev entry) bool {
-	return e>>40 == prev>>40 && e.page() == prev.page()+1 && e.kind() == entryData
+// place orders entries by where in which block they point to.
+func (e entry) place() uint64 { return uint64(e >> 26) }
+
+// near reports whether e points into the block that prev points into, behind it, with at most gap pages in between.
+func (e entry) near(prev entry, gap uint32) bool {
+	return e.slot() == prev.slot() && e.page()-prev.page() <= gap+1
 }
 
 type leaf struct {

@@ -1,8 +1,10 @@
 package file
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/coreos/torus"
@@ -14,8 +16,10 @@ import (
 
 const (
 	retryEvery = 100 * time.Millisecond
-	// runPages bounds a run read in one request: 1 MiB.
-	runPages = record.MaxPages
+	// readGap is how many pages that nobody wants are read along rather than ask twice: to copy one costs about a quarter of a request.
+	readGap = 4
+	// runPages bounds what is read in one request: 1 MiB, with what may lie in between.
+	runPages = record.MaxPages + record.MaxPages/8
 	// statusPages bounds what one status request looks at: 256 MiB, 128 leaves.
 	statusPages = 256 << 20 / pageSize
 )
@@ -24,6 +28,8 @@ const (
 type readOp struct {
 	f       *File
 	r       *device.Request
+	parts   []part
+	ahead   bool // is read-ahead itself
 	pending int
 	err     error
 	stale   bool // a run failed and the map has moved on: begin again
@@ -31,15 +37,18 @@ type readOp struct {
 	loaded  func(error)
 }
 
-// readRun is one run of adjacent pages of a read, at one block.
+// part is a page that is wanted from the replicas.
+type part struct {
+	page uint64 // of the file
+	e    entry
+}
+
+// readRun is what one request is to bring: pages of one block that lie side by side, or nearly so.
 type readRun struct {
 	op     *readOp
-	first  uint64 // page of the file
-	e      []entry
-	bounce *buf.Buf // the page, if only a part of it is wanted: then dst is that part, from byte in on
-	dst    []byte
-	in     int
-	asked  bool // replicas have been asked before
+	parts  []part   // by their place in the block
+	bounce *buf.Buf // where it is read to, if that is not just what is wanted
+	asked  bool     // replicas have been asked before
 	moved  func() error
 }
 
@@ -57,12 +66,11 @@ func (x *readRun) hasMoved() error {
 		x.asked = true
 		return nil
 	}
-	for i, e := range x.e {
-		page := x.first + uint64(i)
-		if _, _, ok := f.over.get(page); ok {
+	for _, p := range x.parts {
+		if _, _, ok := f.over.get(p.page); ok {
 			return errMoved
 		}
-		if now, ok := f.m.get(page); !ok || now != e {
+		if now, ok := f.m.get(p.page); !ok || now != p.e {
 			return errMoved
 		}
 	}
@@ -70,20 +78,27 @@ func (x *readRun) hasMoved() error {
 }
 
 func (f *File) read(r *device.Request) {
+	s := f.ahead.follow(r.Off, r.Len)
+	f.reading += r.Len
+	f.startRead(r, false)
+	f.readAhead(s)
+}
+
+func (f *File) startRead(r *device.Request, ahead bool) {
 	var op *readOp
 	if n := len(f.freeReads); n > 0 {
 		op = f.freeReads[n-1]
 		f.freeReads = f.freeReads[:n-1]
 	} else {
 		op = &readOp{f: f}
-		op.loaded = op.mapLoaded
+		op.loaded = op.partLoaded
 	}
-	op.r, op.err, op.stale, op.tries = r, nil, false, 0
+	op.r, op.ahead, op.err, op.stale, op.tries = r, ahead, nil, false, 0
 	op.start()
 }
 
-// start looks every page up and asks for what is not in memory. If a part of the map has to be loaded it
-// does that first, and begins again.
+// start looks every page up and asks for what is not in memory. If a part of the map has to be loaded, or is being read ahead, it
+// waits for that first, and begins again.
 func (op *readOp) start() {
 	f, r := op.f, op.r
 	op.pending = 1
@@ -97,6 +112,9 @@ func (op *readOp) start() {
 				f.m.load(p, op.loaded)
 			}
 		}
+		if !op.ahead && f.ahead.await(op, first, last) {
+			missing = true
+		}
 		if missing {
 			op.stale = true
 		} else {
@@ -106,53 +124,57 @@ func (op *readOp) start() {
 	op.done(nil)
 }
 
-func (op *readOp) mapLoaded(err error) { op.done(err) }
+func (op *readOp) partLoaded(err error) { op.done(err) }
 
 func (op *readOp) lookUp(first, last uint64) {
 	f, r := op.f, op.r
-	var run *readRun
+	parts := op.parts[:0]
 	for p := first; p <= last; p++ {
-		at := p * pageSize
-		from, to := max(r.Off, at), min(r.Off+r.Len, at+pageSize)
-		dst := r.Data[from-r.Off : to-r.Off]
-		in := int(from - at)
 		if data, _, ok := f.over.get(p); ok {
-			if data != nil {
-				copy(dst, data[in:])
-			} else {
-				clear(dst)
+			give(r, p, data)
+			continue
+		}
+		if len(f.ahead.chunks) > 0 && !op.ahead {
+			if data, ok := f.ahead.get(p); ok {
+				give(r, p, data)
+				continue
 			}
-			continue
 		}
-		e, _ := f.m.get(p)
-		if e.kind() == entryLost {
+		switch e, _ := f.m.get(p); e.kind() {
+		case entryData:
+			parts = append(parts, part{p, e})
+		case entryLost:
 			op.err = errLost
-			continue
+		default:
+			give(r, p, nil)
 		}
-		if e.kind() != entryData {
-			clear(dst)
-			continue
-		}
-		whole := len(dst) == pageSize
-		if run != nil && whole && run.bounce == nil && len(run.e) < runPages && e.follows(run.e[len(run.e)-1]) && run.first+uint64(len(run.e)) == p {
-			run.e = append(run.e, e)
-			run.dst = r.Data[run.first*pageSize-r.Off : to-r.Off]
-			continue
-		}
-		if run != nil {
-			run.start()
-		}
-		run = f.newRun()
-		run.op, run.first, run.dst, run.in = op, p, dst, in
-		run.e = append(run.e, e)
-		if !whole {
-			run.bounce = buf.Get(pageSize)
+	}
+	op.parts = parts
+	byPlace := func(x, y part) int { return cmp.Compare(x.e.place(), y.e.place()) }
+	if !slices.IsSortedFunc(parts, byPlace) {
+		slices.SortFunc(parts, byPlace)
+	}
+	for n := 0; n < len(parts); {
+		k := n + 1
+		for k < len(parts) && parts[k].e.near(parts[k-1].e, readGap) && parts[k].e.page()-parts[n].e.page() < runPages {
+			k++
 		}
 		op.pending++
+		f.newRun(op, parts[n:k]).start()
+		n = k
 	}
-	if run != nil {
-		run.start()
+}
+
+// give copies what r wants of a page out of its contents; nil are zeroes.
+func give(r *device.Request, page uint64, data []byte) {
+	at := page * pageSize
+	from, to := max(r.Off, at), min(r.Off+r.Len, at+pageSize)
+	dst := r.Data[from-r.Off : to-r.Off]
+	if data == nil {
+		clear(dst)
+		return
 	}
+	copy(dst, data[from-at:])
 }
 
 // done counts one part of a read; the last one ends it.
@@ -175,30 +197,56 @@ func (op *readOp) done(err error) {
 		return
 	}
 	err = op.err
+	if !op.ahead {
+		f.reading -= r.Len
+		f.ahead.passed(r)
+	}
 	op.r = nil
 	f.freeReads = append(f.freeReads, op)
 	r.Finish(err)
 }
 
-func (f *File) newRun() *readRun {
+func (f *File) newRun(op *readOp, parts []part) *readRun {
+	var x *readRun
 	if n := len(f.freeRuns); n > 0 {
-		x := f.freeRuns[n-1]
+		x = f.freeRuns[n-1]
 		f.freeRuns = f.freeRuns[:n-1]
-		return x
+	} else {
+		x = &readRun{}
+		x.moved = x.hasMoved
 	}
-	x := &readRun{}
-	x.moved = x.hasMoved
+	x.op, x.parts = op, append(x.parts, parts...)
 	return x
 }
 
 func (x *readRun) start() {
-	f := x.op.f
-	e := x.e[0]
-	dst := x.dst
-	if x.bounce != nil {
-		dst = x.bounce.Bytes()[:pageSize]
+	f, first, last := x.op.f, x.parts[0], x.parts[len(x.parts)-1]
+	dst, ok := x.straight()
+	if !ok {
+		n := int(last.e.page()-first.e.page()+1) * pageSize
+		x.bounce = buf.Get(n)
+		dst = x.bounce.Bytes()[:n]
 	}
-	f.readAt(e, dst, x, x.moved, runVerify, runDone)
+	f.readAt(first.e, dst, x, x.moved, runVerify, runDone)
+}
+
+// straight is the reader's own memory, if a run is just what it wants there, page for page.
+func (x *readRun) straight() ([]byte, bool) {
+	r, first, n := x.op.r, x.parts[0], uint64(len(x.parts))
+	for i, p := range x.parts[1:] {
+		if p.page != first.page+uint64(i)+1 || p.e.page() != first.e.page()+uint32(i)+1 {
+			return nil, false
+		}
+	}
+	if first.page*pageSize < r.Off || (first.page+n)*pageSize > r.Off+r.Len {
+		return nil, false
+	}
+	return r.Data[first.page*pageSize-r.Off:][:n*pageSize], true
+}
+
+// contents returns page p of what has been read to b.
+func (x *readRun) contents(b []byte, p part) []byte {
+	return b[(p.e.page()-x.parts[0].e.page())*pageSize:][:pageSize]
 }
 
 // readAt reads the run of pages that begins at e into dst from whichever replica has it.
@@ -212,8 +260,8 @@ func (f *File) readAt(e entry, dst []byte, user any, until func() error, verify 
 
 func runVerify(rd *distributor.Read) bool {
 	x := rd.User.(*readRun)
-	for i, e := range x.e {
-		if record.Checksum(rd.Data[i*pageSize:][:pageSize])&0xffffff != e.crc() {
+	for _, p := range x.parts {
+		if record.Checksum(x.contents(rd.Data, p))&0xffffff != p.e.crc() {
 			return false
 		}
 	}
@@ -227,17 +275,16 @@ func runDone(rd *distributor.Read) {
 	op := x.op
 	f := op.f
 	if err == nil && x.bounce != nil {
-		copy(x.dst, x.bounce.Bytes()[x.in:])
+		for _, p := range x.parts {
+			give(op.r, p.page, x.contents(x.bounce.Bytes(), p))
+		}
 	}
-	if errors.Is(err, torus.ErrCorrupt) && len(x.e) > 1 {
-		// Each replica has a bad page somewhere in the run. Page by page, each may still have a good copy.
+	if (errors.Is(err, torus.ErrCorrupt) || errors.Is(err, torus.ErrIO)) && len(x.parts) > 1 {
+		// Each replica has a bad page somewhere in the run. Page by page, each may still have a good copy; and a page in between may be nobody's.
 		err = nil
-		for i, e := range x.e {
-			one := f.newRun()
-			one.op, one.first, one.dst = op, x.first+uint64(i), x.dst[i*pageSize:][:pageSize]
-			one.e = append(one.e, e)
+		for i := range x.parts {
 			op.pending++
-			one.start()
+			f.newRun(op, x.parts[i:i+1]).start()
 		}
 	}
 	if err == errMoved {
@@ -245,17 +292,18 @@ func runDone(rd *distributor.Read) {
 	}
 	if err != nil {
 		// The block may have been given up since the map was asked: then the map knows better by now.
-		for i, e := range x.e {
-			if now, ok := f.m.get(x.first + uint64(i)); !ok || now != e {
+		for _, p := range x.parts {
+			if now, ok := f.m.get(p.page); !ok || now != p.e {
 				op.stale = true
 			}
 		}
-		f.log.Error("read failed", "page", x.first, "pages", len(x.e), "at", x.e[0].String(), "block", f.table.e[x.e[0].slot()].ref.String(), "err", err, "again", op.stale)
+		p := x.parts[0]
+		f.log.Error("read failed", "page", p.page, "pages", len(x.parts), "at", p.e.String(), "block", f.table.e[p.e.slot()].ref.String(), "err", err, "again", op.stale)
 	}
 	if x.bounce != nil {
 		x.bounce.Release()
 	}
-	*x = readRun{e: x.e[:0], moved: x.moved}
+	*x = readRun{parts: x.parts[:0], moved: x.moved}
 	f.freeRuns = append(f.freeRuns, x)
 	op.done(err)
 }

@@ -98,4 +98,5 @@ func (v *View) Close() {
 	if v.f.err == nil {
 		v.f.err = device.ErrShutdown
 	}
+	v.f.ahead.clear()
 }

@@ -20,6 +20,8 @@ var volumeMetricList = []volumeMetric{
 	volumeCounter("log_bytes_total", "Bytes appended to the log of a volume since it was attached, one replica, headers included.", func(s *file.Stats) uint64 { return s.LogBytes }),
 	volumeCounter("moved_bytes_total", "Bytes that compaction has copied since the volume was attached, one replica.", func(s *file.Stats) uint64 { return s.MovedBytes }),
 	volumeCounter("paced_writes_total", "Writes that had to wait for compaction.", func(s *file.Stats) uint64 { return s.Paced }),
+	volumeCounter("read_ahead_bytes_total", "Bytes read before anybody asked for them, for those who read in order.", func(s *file.Stats) uint64 { return s.AheadBytes }),
+	volumeCounter("read_ahead_used_bytes_total", "Bytes given to readers that had been read ahead.", func(s *file.Stats) uint64 { return s.AheadUsed }),
 	volumeCounter("records_total", "Records appended to the log.", func(s *file.Stats) uint64 { return s.Records }),
 	volumeCounter("syncs_total", "Rounds of flushes of the log.", func(s *file.Stats) uint64 { return s.Syncs }),
 	volumeCounter("checkpoints_total", "INodes committed.", func(s *file.Stats) uint64 { return s.Checkpoints }),

@@ -34,6 +34,7 @@ type Writer struct {
 	// Full: a write has failed for want of space.
 	Full bool
 
+	scanned  uint64       // pages that Scan has come to
 	pending  []*submitted // not acknowledged, in order
 	inflight map[uint64]bool
 	free     []*submitted
@@ -80,8 +81,10 @@ func (w *Writer) Step() {
 		w.Write(1+w.Rng.IntN(w.Most), true, false)
 	case k < 17:
 		w.Flush()
-	default:
+	case k < 19:
 		w.Read(1 + w.Rng.IntN(8))
+	default:
+		w.Scan(1 + w.Rng.IntN(8))
 	}
 }
 
@@ -235,8 +238,18 @@ func (w *Writer) Flush() {
 }
 
 // Read submits a read of n pages at random, and checks what it finds.
-func (w *Writer) Read(n int) {
-	page := w.Rng.Uint64N(w.Pages)
+func (w *Writer) Read(n int) { w.read(w.Rng.Uint64N(w.Pages), n) }
+
+// Scan submits a read of the n pages behind those of the last one, and checks what it finds: in the end all of them have been read in order.
+func (w *Writer) Scan(n int) {
+	page := w.scanned
+	if w.scanned += uint64(n); w.scanned >= w.Pages {
+		w.scanned = 0
+	}
+	w.read(page, n)
+}
+
+func (w *Writer) read(page uint64, n int) {
 	if w.Stride > 1 {
 		n = 1
 	}

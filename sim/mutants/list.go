@@ -283,6 +283,16 @@ var mutants = []Mutant{
 		Edits: []Edit{{"			z.foreign = z.foreign || e.ref.Volume != f.vol\n			if saved", "			if saved"}},
 	},
 
+	// Reads.
+	{
+		Name: "read-ahead-kept", Rule: "what was read ahead is read although it was written meanwhile", File: "file/ack.go",
+		Edits: []Edit{{"		f.ahead.forget(&r.hdr)\n", ""}},
+	},
+	{
+		Name: "read-ahead-late", Rule: "what was being read ahead when it was written is read", File: "file/ahead.go",
+		Edits: []Edit{{"			if a.chunks[i].overlaps(", "			if a.chunks[i].loaded && a.chunks[i].overlaps("}},
+	},
+
 	// Stores, by their crash tests.
 	{
 		Name: "seal-not-awaited", Rule: "a seal is answered before its entry is durable", File: "storage/seal.go",
