@@ -286,6 +286,7 @@ const rigBlock = 256 << 10
 
 func newRig(t *testing.T, seed uint64, peers, repl int, size uint64) *rig {
 	r := &rig{now: os.Getenv("TORUS_NOW") != "", t: t, v: loop.NewVirtual(seed), rng: rand.New(rand.NewPCG(seed, 1)), size: size}
+	t.Cleanup(r.v.Close) // else tasks that wait for ever would keep all of it in memory
 	epoch := time.Unix(1_700_000_000, 0)
 	r.mds = temp.NewServer(func() time.Time { return epoch.Add(r.v.Now()) })
 	r.log = slog.New(slog.DiscardHandler)

@@ -70,6 +70,7 @@ func newRig(t *testing.T, seed uint64, peers, repl int) *rig {
 	t.Helper()
 	r := &rig{t: t, v: loop.NewVirtual(seed), log: slog.New(slog.DiscardHandler)}
 	t.Cleanup(r.v.Close)
+	t.Cleanup(r.v.Close)
 	if os.Getenv("TORUS_LOG") != "" {
 		r.log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	}
