@@ -62,7 +62,7 @@ func (b *bench) measure(ctx context.Context) error {
 					b.samples[cell.Name] = map[string][]sample{}
 				}
 				b.samples[cell.Name][c.name] = append(b.samples[cell.Name][c.name], s)
-				b.say("round %d/%d: %-14s %-5s %9.0f %s", round+1, b.rounds, cell.Name, c.name, cell.rate(s), cell.unit())
+				b.say("round %d/%d: %-17s %-5s %9.0f %s", round+1, b.rounds, cell.Name, c.name, cell.rate(s), cell.unit())
 			}
 		}
 	}

@@ -20,7 +20,7 @@ func TestParseFlags(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(o.cells) != 2 || o.cells[0].Name != "write-4k-1" || o.cells[1].Name != "read-4k-1" {
+	if len(o.cells) != 2 || o.cells[0].Name != "read-4k-1" || o.cells[1].Name != "write-4k-1" {
 		t.Errorf("cells: %+v", o.cells)
 	}
 	if !slices.Equal(o.contestants, []string{"raw", "torus", "old"}) {

@@ -17,7 +17,7 @@ func (s *scale) overwrite(ctx context.Context) error {
 	t := &table{
 		title: fmt.Sprintf("A volume of %v overwritten %d times", s.size, overTimes),
 		note: "4 KiB random writes, depth 32, as fast as they go, after the volume was filled. `stored` is what its blocks held by what was alive. `written` is what went to a replica's log, or was moved by compaction, for each byte that the client wrote. `without` is the rate of the same load " +
-			"on the same volume, just filled, without compaction; `paced` are writes that had to wait for it.",
+			"on the same volume afterwards, without compaction; `paced` are writes that had to wait for it.",
 		head: []string{"writes", "utilisation", "IOPS", "without", "ratio", "stored / live, most", "at the end", "written / byte", "moved / byte", "paced", "p99.9, µs"},
 	}
 	for _, x := range []struct {
@@ -45,10 +45,9 @@ func (s *scale) overwriteOnce(ctx context.Context, t *table, name string, skew b
 	if err := c.create(ctx, s.size, "v1"); err != nil {
 		return err
 	}
-	load := load{title: "overwrite", rw: "randwrite", bs: 4096, depth: 32, skew: skew}
+	load := load{title: "overwrite", rw: "randwrite", bs: 4096, depth: 32, skew: skew, bytes: overTimes * s.size}
 	uris := c.uris("v1")
-	// Without compaction first.
-	if err := c.serve("--utilisation", "0"); err != nil {
+	if err := c.serve("--utilisation", utilisation); err != nil {
 		return err
 	}
 	hold, err := c.attach(ctx, "v1")
@@ -56,33 +55,37 @@ func (s *scale) overwriteOnce(ctx context.Context, t *table, name string, skew b
 		return err
 	}
 	err = c.fill(ctx, uris, s.size)
-	var without measured
+	var with, without measured
+	var most, last float64
 	if err == nil {
-		without, err = c.run(ctx, load, uris, s.size, s.seconds, 1)
+		w := c.watch(ctx)
+		with, err = c.run(ctx, load, uris, s.size, 0, 1)
+		var werr error
+		most, last, werr = w.end()
+		err = errors.Join(err, werr)
 	}
 	hold.release()
 	if err != nil {
 		return err
 	}
+	// And the same without compaction.
 	c.client.stop()
-	if err := c.serve("--force", "--utilisation", utilisation); err != nil {
+	if err := c.serve("--force", "--utilisation", "0"); err != nil {
 		return err
 	}
 	if hold, err = c.attach(ctx, "v1"); err != nil {
 		return err
 	}
-	defer hold.release()
-	load.bytes = overTimes * s.size
-	w := c.watch(ctx)
-	with, err := c.run(ctx, load, uris, s.size, 0, 2)
-	most, last, werr := w.end()
-	if err := errors.Join(err, werr); err != nil {
+	load.bytes = 0
+	without, err = c.run(ctx, load, uris, s.size, s.seconds, 2)
+	hold.release()
+	if err != nil {
 		return err
 	}
 	client := func(name string) float64 {
 		return with.is.torus[c.client.name].sum(name) - with.was.torus[c.client.name].sum(name)
 	}
-	bytes := float64(load.bytes)
+	bytes := float64(overTimes * s.size)
 	moved, log := client("torus_volume_moved_bytes_total")/bytes, client("torus_volume_log_bytes_total")/bytes
 	rate, before := with.IOPS, without.IOPS
 	s.say("%s at %s: %.0f IOPS, %.0f without; stored %.2f, written %.2f", name, utilisation, rate, before, most, log+moved)

@@ -29,6 +29,9 @@ const (
 // fullCheckpoint is how often a checkpoint is made, if there is anything to commit, while the cluster is full, or somebody waits for a clone to be flat.
 const fullCheckpoint = time.Second
 
+// ckptPart is what part of the live data may be waiting for a checkpoint to be given back.
+const ckptPart = 32
+
 // checkpointPause is the least between two checkpoints.
 const checkpointPause = time.Second / 4
 
@@ -41,7 +44,7 @@ func (f *File) maybeCheckpoint() {
 	if f.full || f.flattening && !f.state.GetOwn() {
 		every = min(every, fullCheckpoint) // what has been trimmed is given back by a checkpoint only, and it says that nothing is shared any more
 	}
-	if f.sinceCkpt < f.cfg.CheckpointBytes && f.m.dirtyLeaves < f.m.maxLeaves/2 && !f.unlisted() &&
+	if f.sinceCkpt < f.checkpointBytes() && f.m.dirtyLeaves < f.m.maxLeaves/2 && !f.unlisted() &&
 		(f.sinceCkpt == 0 || now-f.lastCkpt < every) || f.pinning {
 		return
 	}
@@ -58,6 +61,16 @@ func (f *File) maybeCheckpoint() {
 		f.apply()
 		f.maybeCompact()
 	})
+}
+
+// checkpointBytes is how much log there may be between two checkpoints: what is configured, or less while more is stored than compaction aims at, as
+// only a checkpoint gives back what has died.
+func (f *File) checkpointBytes() uint64 {
+	live, stored := f.table.usage()
+	if f.cfg.Utilisation <= 0 || float64(stored) < float64(live)/f.cfg.Utilisation {
+		return f.cfg.CheckpointBytes
+	}
+	return min(f.cfg.CheckpointBytes, max(live/ckptPart, uint64(f.cfg.CompactSlack)*uint64(f.cfg.BlockSize)))
 }
 
 // frozen is a checkpoint being written: the map as it was at one moment.
