@@ -383,6 +383,18 @@ func Flatten(ctx context.Context, mds torus.MetadataService, name string) (bool,
 	})
 }
 
+// Compact has the attached writer give back what can be given back, and waits for it. false: nobody has the volume attached.
+func Compact(ctx context.Context, mds torus.MetadataService, name string) (bool, error) {
+	v, err := mds.Volume(ctx, name)
+	if err != nil {
+		return false, err
+	}
+	compact := func(a *models.Ask) bool { return a.Compact }
+	return ask(ctx, mds, torus.VolumeID(v.Id), &models.Ask{Compact: true}, func(s *models.VolumeState, asked bool) bool {
+		return asked && !slices.ContainsFunc(s.Asks, compact)
+	})
+}
+
 // Grow makes a volume larger, also while it is attached. Errors: torus.ErrInvalid if it is not larger than it was.
 func Grow(ctx context.Context, mds torus.MetadataService, name string, size uint64) error {
 	gmd, err := mds.GlobalMetadata(ctx)

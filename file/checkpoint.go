@@ -41,7 +41,7 @@ func (f *File) maybeCheckpoint() {
 	}
 	now := f.loop.Now()
 	every := f.cfg.CheckpointEvery
-	if f.full || f.flattening && !f.state.GetOwn() {
+	if f.full || f.tighten > 0 || f.flattening && !f.state.GetOwn() {
 		every = min(every, fullCheckpoint) // what has been trimmed is given back by a checkpoint only, and it says that nothing is shared any more
 	}
 	if f.sinceCkpt < f.checkpointBytes() && f.m.dirtyLeaves < f.m.maxLeaves/2 && !f.unlisted() &&

@@ -12,6 +12,7 @@ import (
 	"github.com/coreos/torus/device"
 	"github.com/coreos/torus/distributor"
 	"github.com/coreos/torus/loop"
+	"github.com/coreos/torus/models"
 	"github.com/coreos/torus/record"
 )
 
@@ -35,6 +36,10 @@ const (
 	paceMost, paceLeast = 4, 0.5
 	paceTick            = 4 << 20
 	paceBurst           = 8 << 20
+	// tightUtilisation: who asks for a volume to be compact has all blocks compacted that are less alive than this.
+	tightUtilisation = 0.97
+	// roundPages bounds what is moved before it is found out anew what to move.
+	roundPages = 8 * compactPages
 	// avoidFor is how long a block that could not be read is left alone: its peers may be back by then, or a copy mended.
 	avoidFor = time.Minute
 )
@@ -49,17 +54,25 @@ type moving struct {
 }
 
 func (f *File) maybeCompact() {
-	if f.compacting || f.closing || f.closed || f.err != nil || f.cfg.Utilisation <= 0 && !f.flattening || f.full {
+	if f.compacting || f.closing || f.closed || f.err != nil || f.cfg.Utilisation <= 0 && !f.flattening && f.tighten == 0 || f.full {
 		return
 	}
 	slots, pace := f.victims()
-	if len(slots) == 0 {
+	untidy := f.untidy()
+	if len(slots) == 0 && len(untidy) == 0 {
+		f.tight()
 		return
 	}
 	f.compacting = true
 	f.setPace(pace)
 	loop.Go(f.loop, func(t *loop.Task) {
-		err := f.compactAll(t, slots)
+		var err error
+		if len(untidy) > 0 {
+			err = f.tidy(t, untidy)
+		}
+		if err == nil {
+			err = f.compactAll(t, slots)
+		}
 		f.compacting = false
 		f.setPace(0)
 		if f.flattening {
@@ -160,6 +173,33 @@ func (f *File) charge(r *device.Request) {
 	}
 }
 
+// tight ends what somebody has asked for: nothing is left to be moved. The first checkpoint gives back what has been emptied and writes nodes to where they
+// are to stay, the second gives back where these were, and takes the ask away.
+func (f *File) tight() {
+	if f.tighten == 0 || f.checkpointing || f.pinning {
+		return
+	}
+	f.checkpointing = true
+	loop.Go(f.loop, func(t *loop.Task) {
+		err := f.checkpoint(t, func(*models.VolumeState) error { return nil })
+		if err == nil {
+			err = f.checkpoint(t, func(s *models.VolumeState) error {
+				s.Asks = slices.DeleteFunc(s.Asks, func(a *models.Ask) bool { return a.Compact })
+				return nil
+			})
+		}
+		f.checkpointing = false
+		if err != nil {
+			if f.err == nil {
+				f.log.Warn("checkpoint failed, trying again", "err", err)
+			}
+			return // the next tick comes back to it
+		}
+		f.tighten = 0
+		f.maybeCheckpoint()
+	})
+}
+
 // still drops from a list of victims what has died in the meantime.
 func (f *File) still(slots []uint32) []uint32 {
 	return slices.DeleteFunc(slots, func(s uint32) bool {
@@ -170,13 +210,14 @@ func (f *File) still(slots []uint32) []uint32 {
 
 // victims returns what to compact, best first: as much as brings the data blocks to the target, and not more than some at once. What a
 // pin needs anyway is left alone. pace is how many bytes may be written meanwhile for each that is moved; see setPace.
-// To flatten a clone is to take what it has of its origin for victims.
+// To flatten a clone is to take what it has of its origin for victims, and to tighten a volume to take all that is not nearly whole, once.
 func (f *File) victims() (slots []uint32, pace float64) {
 	type candidate struct {
 		slot  uint32
 		score float64
 	}
 	var l []candidate
+	var loose []uint32 // to be moved only because somebody has asked
 	var live, length uint64
 	keep := newPins(f.state.VolumeState, 0)
 	lo := f.lowest()
@@ -194,27 +235,35 @@ func (f *File) victims() (slots []uint32, pace float64) {
 		}
 		live += uint64(e.live)
 		length += uint64(e.length)
-		if u := float64(e.live) / float64(e.length); u < 0.95 {
+		u := float64(e.live) / float64(e.length)
+		if u < tightUtilisation && e.birth < f.tighten {
+			loose = append(loose, uint32(i))
+		}
+		if u < 0.95 {
 			l = append(l, candidate{uint32(i), (1 - u) * float64(f.number-min(f.number, e.birth)+1) / (1 + u)})
 		}
 	}
 	target := f.cfg.Utilisation
-	dead := int64(length) - int64(float64(live)/target)
 	slack := uint64(f.cfg.CompactSlack) * uint64(f.cfg.BlockSize) / pageSize
-	if dead <= 0 || length-live < slack {
-		return slots, 0
+	if dead := int64(length) - int64(float64(live)/target); target > 0 && dead > 0 && length-live >= slack {
+		slices.SortFunc(l, func(x, y candidate) int {
+			return cmp.Or(cmp.Compare(y.score, x.score), cmp.Compare(x.slot, y.slot))
+		})
+		for moved := uint32(0); len(l) > 0 && dead > 0 && moved < roundPages; l = l[1:] {
+			e := &f.table.e[l[0].slot]
+			slots = append(slots, l[0].slot)
+			dead -= int64(e.length - e.live)
+			moved += e.live
+		}
+		if below := target - float64(live)/float64(max(live, length-slack)); below > paceFrom && len(slots) > 0 {
+			pace = max(paceLeast, paceMost-(paceMost-paceLeast)*(below-paceFrom)/(paceTo-paceFrom))
+		}
 	}
-	slices.SortFunc(l, func(x, y candidate) int {
-		return cmp.Or(cmp.Compare(y.score, x.score), cmp.Compare(x.slot, y.slot))
-	})
-	for moved := uint32(0); f.cfg.Utilisation > 0 && len(l) > 0 && dead > 0 && moved < 8*compactPages; l = l[1:] {
-		e := &f.table.e[l[0].slot]
-		slots = append(slots, l[0].slot)
-		dead -= int64(e.length - e.live)
-		moved += e.live
-	}
-	if below := target - float64(live)/float64(max(live, length-slack)); f.cfg.Utilisation > 0 && below > paceFrom && len(slots) > 0 {
-		pace = max(paceLeast, paceMost-(paceMost-paceLeast)*(below-paceFrom)/(paceTo-paceFrom))
+	if len(slots) == 0 {
+		for moved := uint32(0); len(loose) > 0 && moved < roundPages; loose = loose[1:] {
+			slots = append(slots, loose[0])
+			moved += f.table.e[loose[0]].live
+		}
 	}
 	return slots, pace
 }

@@ -18,11 +18,20 @@ import (
 
 // answer does what others ask for in the volume's state.
 func (f *File) answer() {
-	if f.pinning || f.closing || f.err != nil || f.tick == nil || len(f.state.GetAsks()) == 0 {
+	if f.pinning || f.closing || f.err != nil || f.tick == nil {
+		return
+	}
+	asks := slices.DeleteFunc(slices.Clone(f.state.GetAsks()), func(a *models.Ask) bool {
+		if a.Compact && f.tighten == 0 {
+			f.tighten = f.number + 2 // what is listed from here on is not meant
+			f.loop.Defer(f.maybeCompact)
+		}
+		return a.Compact // stays until that is done: see tight
+	})
+	if len(asks) == 0 {
 		return
 	}
 	f.pinning = true // no checkpoint begins meanwhile, so that the base is not beyond the moment
-	asks := f.state.Asks
 	at := f.present()
 	loop.Go(f.loop, func(t *loop.Task) {
 		err := f.flushTo(t, at.Seq)

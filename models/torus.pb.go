@@ -843,6 +843,7 @@ type Ask struct {
 	Snapshot      string                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`                     // pin the present under this name
 	SizeBytes     uint64                 `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // grow to this size
 	Flatten       bool                   `protobuf:"varint,3,opt,name=flatten,proto3" json:"flatten,omitempty"`                      // a clone: copy what it has of its origin
+	Compact       bool                   `protobuf:"varint,4,opt,name=compact,proto3" json:"compact,omitempty"`                      // give back, once, whatever can be given back
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -894,6 +895,13 @@ func (x *Ask) GetSizeBytes() uint64 {
 func (x *Ask) GetFlatten() bool {
 	if x != nil {
 		return x.Flatten
+	}
+	return false
+}
+
+func (x *Ask) GetCompact() bool {
+	if x != nil {
+		return x.Compact
 	}
 	return false
 }
@@ -1689,12 +1697,13 @@ const file_models_torus_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05clone\x18\x02 \x01(\x04R\x05clone\x12\x1e\n" +
 	"\x02at\x18\x03 \x01(\v2\x0e.models.MomentR\x02at\x12&\n" +
-	"\x0fcreated_unix_ms\x18\x04 \x01(\x03R\rcreatedUnixMs\"Z\n" +
+	"\x0fcreated_unix_ms\x18\x04 \x01(\x03R\rcreatedUnixMs\"t\n" +
 	"\x03Ask\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\x02 \x01(\x04R\tsizeBytes\x12\x18\n" +
-	"\aflatten\x18\x03 \x01(\bR\aflatten\"@\n" +
+	"\aflatten\x18\x03 \x01(\bR\aflatten\x12\x18\n" +
+	"\acompact\x18\x04 \x01(\bR\acompact\"@\n" +
 	"\x06Origin\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\x04R\x06volume\x12\x1e\n" +
 	"\x02at\x18\x02 \x01(\v2\x0e.models.MomentR\x02at\"\xa9\x02\n" +

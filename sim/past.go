@@ -429,6 +429,12 @@ func (v *volume) flatten() {
 	v.refresh()
 }
 
+// compact asks for it.
+func (v *volume) compact() {
+	v.r.say("compact %s", v.info.Name)
+	v.amend(func(s *models.VolumeState) { s.Asks = append(s.Asks, &models.Ask{Compact: true}) })
+}
+
 // bury goes on with the deletion of a volume.
 func (v *volume) bury() bool {
 	r := v.r

@@ -287,6 +287,9 @@ func (r *Run) attend() {
 		if v.info.Origin != nil && r.MDS.Peek(torus.VolumeID(v.info.Id)).GetOwn() && r.rng.IntN(20) == 0 {
 			v.flatten()
 		}
+		if r.rng.IntN(60) == 0 {
+			v.compact()
+		}
 	}
 	if r.rng.IntN(5) == 0 {
 		r.vols[r.rng.IntN(len(r.vols))].govern()

@@ -227,6 +227,9 @@ func TestSnapshotCommands(t *testing.T) {
 	}
 	c.reads(t, "then", a)
 	c.run("volume", "flatten", "then").CheckFailure(t, "not a clone")
+	c.run("volume", "compact", "then").CheckSuccess(t, "is compact")
+	c.run("volume", "compact", "no-such").CheckFailure(t, "does not exist")
+	c.reads(t, "then", a)
 }
 
 // What cannot be done is said so, with the next step.

@@ -24,7 +24,7 @@ func volumeCommand(c *ctl) *cobra.Command {
 		Short: "Create, show, clone, resize and delete volumes",
 	}
 	cmd.AddCommand(volumeListCommand(c), volumeInfoCommand(c), volumeCreateBlockCommand(c), volumeDeleteCommand(c), volumeResizeCommand(c),
-		volumeCloneCommand(c), volumeFlattenCommand(c), volumeRewindCommand(c), volumeRetainCommand(c))
+		volumeCloneCommand(c), volumeFlattenCommand(c), volumeCompactCommand(c), volumeRewindCommand(c), volumeRetainCommand(c))
 	return cmd
 }
 

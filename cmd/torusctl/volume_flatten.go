@@ -6,6 +6,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/coreos/torus"
 	"github.com/coreos/torus/block"
 	"github.com/coreos/torus/cmd/internal/cli"
 )
@@ -19,7 +20,7 @@ in use; if nobody has, this command does. It waits until it is done; what has be
 		Args: cli.Args("VOLUME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.withCluster(cmd.Context(), func(ctx context.Context, s *session) error {
-				if err := s.flatten(ctx, args[0]); err != nil {
+				if err := s.ofAttached(ctx, args[0], block.Flatten); err != nil {
 					return volumeError("flatten", args[0], err)
 				}
 				_, err := fmt.Fprintf(cmd.OutOrStdout(), "volume %s shares nothing any more\n", args[0])
@@ -29,12 +30,12 @@ in use; if nobody has, this command does. It waits until it is done; what has be
 	}
 }
 
-func (s *session) flatten(ctx context.Context, vol string) error {
-	done, err := block.Flatten(ctx, s, vol)
+// ofAttached has something done by whoever has a volume attached; if that is nobody, by this process.
+func (s *session) ofAttached(ctx context.Context, vol string, do func(context.Context, torus.MetadataService, string) (bool, error)) error {
+	done, err := do(ctx, s, vol)
 	if done || err != nil {
 		return err
 	}
-	// Nobody has it attached.
 	p, err := s.peers(ctx)
 	if err != nil {
 		return err
@@ -44,6 +45,6 @@ func (s *session) flatten(ctx context.Context, vol string) error {
 		return err
 	}
 	defer disk.Close()
-	_, err = block.Flatten(ctx, s, vol)
+	_, err = do(ctx, s, vol)
 	return err
 }
