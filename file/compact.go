@@ -182,7 +182,8 @@ func (f *File) tight() {
 	f.checkpointing = true
 	loop.Go(f.loop, func(t *loop.Task) {
 		err := f.checkpoint(t, func(*models.VolumeState) error { return nil })
-		if err == nil {
+		more := err == nil && len(f.untidy()) > 0
+		if err == nil && !more {
 			err = f.checkpoint(t, func(s *models.VolumeState) error {
 				s.Asks = slices.DeleteFunc(s.Asks, func(a *models.Ask) bool { return a.Compact })
 				return nil
@@ -194,6 +195,10 @@ func (f *File) tight() {
 				f.log.Warn("checkpoint failed, trying again", "err", err)
 			}
 			return // the next tick comes back to it
+		}
+		if more {
+			f.maybeCompact()
+			return
 		}
 		f.tighten = 0
 		f.maybeCheckpoint()

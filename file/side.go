@@ -12,7 +12,7 @@ import (
 )
 
 // A sideWriter appends to blocks of this epoch that no window registers, because nobody will look for them before an
-// INode lists them: metadata, and records that a recovery copies. Both may take slots that peers keep back: without
+// INode lists them: metadata, records that a recovery copies, and pages that compaction moves. The first two may take slots that peers keep back: without
 // them a full cluster could not be recovered, nor become less full.
 type sideWriter struct {
 	typ  torus.BlockType
@@ -61,6 +61,9 @@ func (w *sideWriter) open(f *File, size uint32) (*openBlock, error) {
 		} else if !f.spareSet(set) {
 			return nil, torus.ErrNoPeer
 		}
+		if w.typ == torus.TypeMoved && !f.usable(set) {
+			return nil, torus.ErrOutOfSpace
+		}
 	}
 	w.blk = &openBlock{ref: ref, set: set, replicas: make([]replica, len(set)), slot: f.table.add(ref, ps, set)}
 	return w.blk, nil
@@ -106,8 +109,10 @@ func (f *File) writeSide(t *loop.Task, recs []*sideRec) error {
 		failed = fmt.Errorf("%v of %v at peer %v: %w", r.Op, r.Ref, r.Peer, r.Err)
 		if errors.Is(r.Err, torus.ErrFenced) {
 			f.fenced(r.Fence)
-		} else if errors.Is(r.Err, torus.ErrOutOfSpace) {
+		} else if errors.Is(r.Err, torus.ErrOutOfSpace) && r.Reserve {
 			f.dist.MarkUnfit(r.Peer)
+		} else if errors.Is(r.Err, torus.ErrOutOfSpace) {
+			f.dist.MarkFull(r.Peer)
 		}
 	}
 	var reqs []*torus.Request
@@ -119,7 +124,7 @@ func (f *File) writeSide(t *loop.Task, recs []*sideRec) error {
 		for _, p := range r.blk.set {
 			reqs = append(reqs, &torus.Request{
 				Op: torus.OpAppend, Ref: r.blk.ref, Epoch: f.epoch, Off: r.off,
-				Len: uint32(len(r.mem())), Data: r.mem(), Peer: p, Reserve: true,
+				Len: uint32(len(r.mem())), Data: r.mem(), Peer: p, Reserve: r.blk.ref.Type != torus.TypeMoved,
 			})
 		}
 	}

@@ -12,12 +12,13 @@ import (
 // changes would keep its block for ever, though it be the only one of a thousand. So when metadata blocks hold little that is alive, what is in the worst of
 // them is called changed, and the next checkpoint writes it elsewhere.
 const (
-	// tidyPart: metadata blocks are to be alive by one part in so many; tidyTight: if somebody has asked for all that can be given back.
-	tidyPart, tidyTight = 3, 1.1
+	// tidyPart: metadata blocks are to be alive by one part in so many. If somebody has asked for all that can be given back, each of those there are is to be
+	// alive by tidyTight.
+	tidyPart, tidyTight = 3, 0.9
 	// tidySlack is how many metadata blocks there may be in any case.
 	tidySlack = 4
-	// tidyPages bounds how many nodes one checkpoint has more to write.
-	tidyPages = 4096
+	// tidyBlocks bounds how much more one checkpoint has to write.
+	tidyBlocks = 2
 )
 
 // untidy returns the metadata blocks whose nodes are to be written anew.
@@ -25,31 +26,38 @@ func (f *File) untidy() map[uint32]bool {
 	if f.tidied == f.number { // the next checkpoint sees to it
 		return nil
 	}
+	if _, usable := f.dist.Room(); usable < f.repl {
+		return nil
+	}
 	var l []uint32
-	live, length := 0.0, 0.0
+	live, length := uint64(0), uint64(0)
 	keep := newPins(f.state.VolumeState, 0)
 	for i := range f.table.e {
 		e := &f.table.e[i]
 		if e.used && e.live > 0 && e.ref.Type == torus.TypeINode && e.ref.Volume == f.vol && !e.held && !f.meta.at(uint32(i)) &&
 			!keep.need(&tableEntry{ref: e.ref, birth: e.birth, death: f.number + 1}) {
 			l = append(l, uint32(i))
-			live += float64(e.live)
-			length += float64(e.length)
+			live += uint64(e.live)
+			length += uint64(e.length)
 		}
 	}
-	part, slack := float64(tidyPart), tidySlack*int(f.cfg.BlockSize)/pageSize
+	most := tidyPart*live + tidySlack*uint64(f.cfg.BlockSize)/pageSize
 	if f.tighten > 0 {
-		part, slack = tidyTight, 0
+		most = 0
+		l = slices.DeleteFunc(l, func(i uint32) bool {
+			e := &f.table.e[i]
+			return e.birth >= f.tighten || float64(e.live) > tidyTight*float64(e.length)
+		})
 	}
 	slices.SortFunc(l, func(x, y uint32) int { // the most dead pages for each that must be written
 		a, b := &f.table.e[x], &f.table.e[y]
 		return cmp.Or(cmp.Compare(uint64(a.live)*uint64(b.length), uint64(b.live)*uint64(a.length)), cmp.Compare(x, y))
 	})
 	blocks := map[uint32]bool{}
-	for pages := uint32(0); len(l) > 0 && length > part*live+float64(slack) && pages < tidyPages; l = l[1:] {
+	for pages := uint32(0); len(l) > 0 && length > most && pages < tidyBlocks*f.cfg.BlockSize/pageSize; l = l[1:] {
 		e := &f.table.e[l[0]]
 		blocks[l[0]] = true
-		length -= float64(e.length - e.live)
+		length -= uint64(e.length - e.live)
 		pages += e.live
 	}
 	return blocks

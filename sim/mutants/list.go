@@ -201,7 +201,7 @@ var mutants = []Mutant{
 	},
 	{
 		Name: "copies-without-reserve", Rule: "a recovery's copies and a checkpoint take ordinary slots", File: "file/side.go",
-		Edits:   []Edit{{", Peer: p, Reserve: true,", ", Peer: p,"}},
+		Edits:   []Edit{{", Peer: p, Reserve: r.blk.ref.Type != torus.TypeMoved,", ", Peer: p,"}},
 		Package: "./file", Test: "^TestAttachWhenFull$",
 	},
 	{
