@@ -46,6 +46,7 @@ type VolumeStates struct {
 type ListedState struct {
 	ID VolumeID
 	VolumeState
+	Err error // instead, of a state that is damaged: the volume exists, and that is all that is known
 }
 
 // MetadataService is the MDS: a small, consistent store. It is never on the path of a read, write or

@@ -360,6 +360,14 @@ func release(ctx context.Context, mds torus.MetadataService, clone *models.Volum
 	return nil
 }
 
+// Forget gives up what a volume keeps for a clone that has been deleted, in case whoever deleted it did not come to that.
+func Forget(ctx context.Context, mds torus.MetadataService, origin, clone torus.VolumeID) error {
+	if _, err := mds.VolumeState(ctx, clone); !errors.Is(err, torus.ErrNotExist) {
+		return err
+	}
+	return release(ctx, mds, &models.Volume{Id: uint64(clone), Name: fmt.Sprintf("%x", uint64(clone)), Origin: &models.Origin{Volume: uint64(origin)}})
+}
+
 // Flatten has the attached writer copy what a clone has of its origin, and frees the origin of it. It goes on for as long as that takes. false: nobody has
 // it attached.
 func Flatten(ctx context.Context, mds torus.MetadataService, name string) (bool, error) {

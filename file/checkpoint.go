@@ -355,9 +355,9 @@ func (f *File) freezeInner(z *frozen, t *topNode) error {
 			continue
 		}
 		var e entry
-		if !isZero(&l.e) {
+		if !isZero(l.e) {
 			var err error
-			if e, err = f.metaPage(z, classLeaf, func(b []byte) { encodeNode(&l.e, b) }); err != nil {
+			if e, err = f.metaPage(z, classLeaf, func(b []byte) { encodeNode(l.e, b) }); err != nil {
 				return err
 			}
 		}

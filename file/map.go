@@ -4,6 +4,8 @@ import (
 	"encoding/binary"
 	"fmt"
 	"slices"
+
+	"github.com/coreos/torus/buf"
 )
 
 // The map says where each page's newest flushed bytes are. It is a radix tree of 4 KiB nodes with 512
@@ -57,10 +59,10 @@ func (e entry) near(prev entry, gap uint32) bool {
 }
 
 type leaf struct {
-	e      [fanout]entry
-	dirty  bool // changed since it was last written
-	frozen bool // being written by a checkpoint
-	hot    bool // used since the clock's hand last passed
+	e      *[fanout]entry // by itself, so that it is a page and no more
+	dirty  bool           // changed since it was last written
+	frozen bool           // being written by a checkpoint
+	hot    bool           // used since the clock's hand last passed
 	page   uint64
 }
 
@@ -89,7 +91,11 @@ type fmap struct {
 	maxLeaves   int
 	clock       []*leaf
 	hand        int
+	free        []*leaf // evicted, for reuse
 }
+
+// freeLeaves bounds fmap.free.
+const freeLeaves = 256
 
 func (m *fmap) init(size uint64, maxBytes int, read func(entry, []byte, func(error)), check func(*[fanout]entry, bool) error) {
 	m.grow(size)
@@ -151,7 +157,8 @@ func (m *fmap) writable(page uint64) *leaf {
 		if t.in.ptr[i] != 0 {
 			return nil
 		}
-		l = &leaf{page: page / leafPages * leafPages}
+		l = m.newLeaf(page)
+		clear(l.e[:])
 		m.adopt(t.in, int(i), l)
 	}
 	l.hot = true
@@ -173,6 +180,18 @@ func (m *fmap) adopt(in *inner, i int, l *leaf) {
 	l.hot = true
 }
 
+// newLeaf returns the leaf of a page, with arbitrary contents.
+func (m *fmap) newLeaf(page uint64) *leaf {
+	page = page / leafPages * leafPages
+	if n := len(m.free); n > 0 {
+		l := m.free[n-1]
+		m.free = m.free[:n-1]
+		*l = leaf{e: l.e, page: page}
+		return l
+	}
+	return &leaf{e: new([fanout]entry), page: page}
+}
+
 // evict drops clean leaves that were not used lately (clock), until the bound holds or none can go.
 func (m *fmap) evict() {
 	for steps := 2 * len(m.clock); steps > 0 && m.leaves >= m.maxLeaves && m.leaves-m.dirtyLeaves-m.frozen >= minLeaves; steps-- {
@@ -191,6 +210,9 @@ func (m *fmap) evict() {
 		m.clock[n] = nil
 		m.clock = m.clock[:n]
 		m.leaves--
+		if len(m.free) < freeLeaves {
+			m.free = append(m.free, l)
+		}
 	}
 }
 
@@ -238,16 +260,17 @@ func (m *fmap) load(page uint64, done func(error)) {
 	if len(in.loads[i]) > 1 {
 		return
 	}
-	b := make([]byte, nodeSize)
-	m.read(in.ptr[i], b, func(err error) {
+	b := buf.Get(nodeSize)
+	m.read(in.ptr[i], b.Bytes()[:nodeSize], func(err error) {
 		if err == nil && in.leaf[i] == nil {
-			l := &leaf{page: page / leafPages * leafPages}
-			decodeNode(b, &l.e)
-			if err = m.check(&l.e, true); err == nil {
-				m.evict() // only here: whoever uses leaves that it has found present must not lose them
+			m.evict() // only here: whoever uses leaves that it has found present must not lose them
+			l := m.newLeaf(page)
+			decodeNode(b.Bytes(), l.e)
+			if err = m.check(l.e, true); err == nil {
 				m.adopt(in, i, l)
 			}
 		}
+		b.Release()
 		waiters := in.loads[i]
 		delete(in.loads, i)
 		wake(&waiters, err)
@@ -266,7 +289,7 @@ func (m *fmap) lose(page uint64) (first, n uint64) {
 		return page / innerPages * innerPages, innerPages
 	}
 	i := page / leafPages % fanout
-	l := &leaf{page: page / leafPages * leafPages}
+	l := m.newLeaf(page)
 	for k := range l.e {
 		l.e[k] = lostEntry
 	}

@@ -42,9 +42,10 @@ type fakePeer struct {
 	slots    int                        // takes so many blocks, of which rigKept only with Reserve; 0: any number
 	drop     func(*torus.Request) error // a fault: non-nil fails the request
 	conns    []*fakeConn
-	connects time.Duration             // how long that takes
-	hold     func(*torus.Request) bool // a request that this holds up is not served as long as it does
-	now      func(*torus.Request) bool // a request that is answered before Submit returns
+	connects time.Duration                      // how long that takes
+	hold     func(*torus.Request) bool          // a request that this holds up is not served as long as it does
+	now      func(*torus.Request) bool          // a request that is answered before Submit returns
+	answers  func(*torus.Request) (bool, error) // serves some requests in another way
 }
 
 type fakeConn struct {
@@ -175,6 +176,11 @@ func (p *fakePeer) serve(q *torus.Request) error {
 	if (q.Op.Mutating() || q.Epoch > 0 && q.Op != torus.OpFence) && q.Epoch < p.fence[v] {
 		q.Fence = p.fence[v]
 		return torus.ErrFenced
+	}
+	if p.answers != nil {
+		if ok, err := p.answers(q); ok {
+			return err
+		}
 	}
 	b := p.blocks[q.Ref]
 	switch q.Op {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/coreos/torus"
+	"github.com/coreos/torus/block"
 	"github.com/coreos/torus/distributor"
 	"github.com/coreos/torus/loop"
 	"github.com/coreos/torus/models"
@@ -43,6 +44,9 @@ func (p *Peer) startRepair(cfg PeerConfig, store *storage.Disk, service torus.Bl
 		r, err = repair.New(repair.Config{
 			Loop: l.Epoll, Dist: dist, MDS: cfg.MDS, Local: &bridge{from: l.Epoll, to: p.loop.Epoll, store: service}, ID: p.id,
 			BlockSize: uint32(cfg.Global.BlockSize), Log: p.log, Registerer: cfg.Registerer,
+			Forget: func(ctx context.Context, origin, clone torus.VolumeID) error {
+				return block.Forget(ctx, cfg.MDS, origin, clone)
+			},
 		})
 	})
 	if err != nil {

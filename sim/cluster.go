@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/coreos/torus"
+	"github.com/coreos/torus/block"
 	"github.com/coreos/torus/device"
 	"github.com/coreos/torus/distributor"
 	"github.com/coreos/torus/file"
@@ -271,6 +272,9 @@ func (p *Peer) startRepair(local torus.BlockStore) (err error) {
 	p.Repair, err = repair.New(repair.Config{
 		Loop: l, Dist: dist, MDS: p.mds, Local: local, ID: p.ID, BlockSize: uint32(c.opt.BlockSize),
 		Every: repairEvery, ScrubEvery: 15 * time.Second, ScrubRate: 1 << 30, CopyRate: 1 << 30, Log: c.log.With("at", p.Name),
+		Forget: func(ctx context.Context, origin, clone torus.VolumeID) error {
+			return block.Forget(ctx, p.mds, origin, clone)
+		},
 	})
 	p.Store.Damaged(func(ref torus.BlockRef) { l.Post(func() { p.Repair.Damaged(ref) }) })
 	return err

@@ -449,7 +449,12 @@ func (v *volume) bury() bool {
 		}
 		return false
 	}
-	err := block.Delete(context.Background(), r.admin, v.info.Name, true)
+	var err error
+	if v.info.Origin != nil && r.p.repair && !slices.ContainsFunc(r.MDS.Peek(torus.VolumeID(v.info.Id)).GetPins(), func(p *models.Pin) bool { return p.Clone != 0 }) && r.rng.IntN(3) == 0 {
+		err = r.admin.DeleteVolume(context.Background(), v.info.Name) // and dies before its origin is told
+	} else {
+		err = block.Delete(context.Background(), r.admin, v.info.Name, true)
+	}
 	r.say("delete %s: %v", v.info.Name, err)
 	switch {
 	case errors.Is(err, torus.ErrLocked):

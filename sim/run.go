@@ -362,6 +362,11 @@ func (r *Run) converge() error {
 	if err := r.repaired(); err != nil {
 		return err
 	}
+	if r.p.repair {
+		if err := r.fsck(); err != nil {
+			return err
+		}
+	}
 	heads, listed, err := r.heads()
 	if err != nil {
 		return err
@@ -389,6 +394,13 @@ func (r *Run) converge() error {
 				continue // kept for a clone
 			}
 			r.Left += (&committed{c: r.Cluster, vol: v.info}).leaked(listed)
+		}
+	}
+	for _, v := range r.vols {
+		for _, p := range r.MDS.Peek(torus.VolumeID(v.info.Id)).GetPins() {
+			if r.p.repair && r.p.past && p.Clone != 0 && !slices.ContainsFunc(r.vols, func(x *volume) bool { return x.info.Id == p.Clone }) && r.MDS.Peek(torus.VolumeID(p.Clone)) == nil {
+				return violated("LIVE", "volume %s keeps what clone %d needed, which is deleted", v.info.Name, p.Clone)
+			}
 		}
 	}
 	if r.p.repair && r.Left > 0 {

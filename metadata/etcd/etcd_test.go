@@ -126,6 +126,35 @@ func TestForeignFormat(t *testing.T) {
 	}
 }
 
+// A state that is damaged hides no other.
+func TestDamagedState(t *testing.T) {
+	cfg := fresh(t, server(t).Endpoint())
+	c := connect(t, cfg)
+	if err := Init(t.Context(), cfg, torus.GlobalMetadata{ClusterID: "c", BlockSize: 1 << 20, DefaultBlockSpec: "crc"}, nil); err != nil {
+		t.Fatal(err)
+	}
+	var ids []torus.VolumeID
+	for _, name := range []string{"a", "b", "c"} {
+		v := &models.Volume{Name: name, Type: "block", SizeBytes: 1 << 20}
+		if err := c.CreateVolume(t.Context(), v); err != nil {
+			t.Fatal(err)
+		}
+		ids = append(ids, torus.VolumeID(v.Id))
+	}
+	if _, err := c.etcd.Put(t.Context(), c.keys.state(ids[1]), "\xff\xff\xff"); err != nil {
+		t.Fatal(err)
+	}
+	page, err := c.VolumeStates(t.Context(), 0, 10)
+	if err != nil || len(page.List) != 3 {
+		t.Fatalf("%+v, %v", page, err)
+	}
+	for i, x := range page.List {
+		if x.ID != ids[i] || errors.Is(x.Err, torus.ErrCorrupt) != (i == 1) {
+			t.Errorf("volume %d: %v", x.ID, x.Err)
+		}
+	}
+}
+
 // lossy loses answers of transactions that write, or delays the transaction until the next one has been made.
 type lossy struct {
 	clientv3.KV

@@ -298,10 +298,7 @@ func (c *Client) VolumeStates(ctx context.Context, after torus.VolumeID, limit i
 				break
 			}
 			s, err := decodeState(kv)
-			if err != nil {
-				return err
-			}
-			page.List = append(page.List, torus.ListedState{ID: id, VolumeState: s})
+			page.List = append(page.List, torus.ListedState{ID: id, VolumeState: s, Err: err})
 		}
 		return nil
 	})

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"time"
@@ -76,6 +77,7 @@ func (r *Repairer) pass(t *loop.Task) (*findings, error) {
 		return nil, fmt.Errorf("list what is here: %w", err)
 	}
 	there := map[torus.VolumeID]bool{}
+	clones := map[torus.VolumeID]torus.VolumeID{} // and of which volume
 	found := &findings{}
 	var failed error
 	var page torus.VolumeStates
@@ -91,7 +93,12 @@ func (r *Repairer) pass(t *loop.Task) (*findings, error) {
 			}
 			after = v.ID
 			there[v.ID] = true
-			if r.cfg.Loop.Now() > read+stale {
+			for _, p := range v.GetPins() {
+				if p.Clone != 0 {
+					clones[torus.VolumeID(p.Clone)] = v.ID
+				}
+			}
+			if err = v.Err; err == nil && r.cfg.Loop.Now() > read+stale {
 				v.VolumeState, err = r.state(t, v.ID)
 			}
 			if err == nil {
@@ -111,6 +118,7 @@ func (r *Repairer) pass(t *loop.Task) (*findings, error) {
 			}
 		}
 	}
+	r.forget(t, clones, there, page.LastID)
 	for id := range r.volumes {
 		if !there[id] {
 			delete(r.volumes, id)
@@ -134,6 +142,23 @@ func (r *Repairer) pass(t *loop.Task) (*findings, error) {
 	r.m.set(r.Stats())
 	found.plan = mostEndangered(found.plan)
 	return found, nil
+}
+
+// forget has volumes give up what they keep for clones that were deleted. A clone is there before anything is kept for it, and its id is not given to another: what
+// the listing does not have, and could have, is gone.
+func (r *Repairer) forget(t *loop.Task, clones map[torus.VolumeID]torus.VolumeID, there map[torus.VolumeID]bool, last torus.VolumeID) {
+	for _, clone := range slices.Sorted(maps.Keys(clones)) {
+		if r.cfg.Forget == nil || there[clone] || clone > last || r.closing {
+			continue
+		}
+		var err error
+		r.call(t, func(ctx context.Context) { err = r.cfg.Forget(ctx, clones[clone], clone) })
+		if err != nil {
+			r.log.Warn("a volume keeps what a clone needed that is gone, trying again", "volume", fmt.Sprintf("%x", uint64(clones[clone])), "err", err)
+		} else {
+			r.log.Info("a volume kept what a clone needed that is gone", "volume", fmt.Sprintf("%x", uint64(clones[clone])))
+		}
+	}
 }
 
 // states reads a page of the states of all volumes. It must be those of the cluster that there was at first: of what another MDS

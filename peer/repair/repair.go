@@ -1,6 +1,7 @@
 package repair
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -45,6 +46,9 @@ type Config struct {
 	Local     torus.BlockStore
 	ID        torus.PeerID // this peer
 	BlockSize uint32       // bytes
+
+	// Forget has a volume give up what it keeps for a clone that does not exist any more; nil: it is left at that. It may block.
+	Forget func(ctx context.Context, origin, clone torus.VolumeID) error
 
 	Every      time.Duration // from one pass to the next when nothing happens
 	InFlight   int           // blocks copied at a time
