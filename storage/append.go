@@ -132,7 +132,8 @@ func (d *Disk) append(r *torus.Request) bool {
 		o.dirty = true
 		f.sync.dirty = append(f.sync.dirty, s)
 	}
-	f.sync.bytes += len(data)
+	f.sync.wrote(place+int64(length), len(data))
+	d.appended += uint64(len(data))
 	d.metrics.writes.Inc()
 	r.Length = x.length
 	r.Finish(nil)

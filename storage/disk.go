@@ -37,16 +37,17 @@ const DefaultSlotsPerFile = 256
 
 // Disk is a Store in a directory.
 type Disk struct {
-	loop    loop.Loop
-	fs      vfs.FS
-	id      Identity
-	log     *slog.Logger
-	metrics *metrics
-	perFile uint32
-	reserve uint64
-	limit   uint32 // slots that may be taken
-	kept    uint32 // of these, how many only by requests with Reserve
-	unlock  func() error
+	loop     loop.Loop
+	fs       vfs.FS
+	id       Identity
+	log      *slog.Logger
+	metrics  *metrics
+	perFile  uint32
+	reserve  uint64
+	limit    uint32 // slots that may be taken
+	kept     uint32 // of these, how many only by requests with Reserve
+	appended uint64 // bytes
+	unlock   func() error
 
 	files []*file
 	slots []slot // of all files, one after another
@@ -315,6 +316,9 @@ func (d *Disk) allocate(reserve bool) (s uint32, wait bool, err error) {
 		d.took()
 		return s, false, nil
 	}
+	if d.writer.interrupt() {
+		return d.allocate(reserve)
+	}
 	if d.writer.slot != noSlot || d.startGrowing() {
 		return 0, true, nil
 	}
@@ -325,6 +329,7 @@ func (d *Disk) took() {
 	d.taken++
 	d.metrics.blocks.Set(float64(d.taken))
 	d.keepAhead()
+	d.prewrite()
 }
 
 // giveBack makes a slot free again.

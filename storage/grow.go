@@ -159,7 +159,8 @@ func (d *Disk) addFile(super superblock, vf vfs.File) *file {
 
 // prewriter writes zeroes through slots that were never used, in the background: overwriting what was written before makes
 // fdatasync about twice as cheap. One slot at a time, in chunks, each of them durable before the next, with pauses as
-// long as the work. It has an open file of its own: the failure of an fdatasync is reported once to each open file,
+// long as the work. It is for those who write little and sync often, so it stops while more is appended than they do, which would
+// take the slots faster than they can be written through; and when there are enough. It has an open file of its own: the failure of an fdatasync is reported once to each open file,
 // and must not be missed by the one that appends go to.
 type prewriter struct {
 	d     *Disk
@@ -167,7 +168,10 @@ type prewriter struct {
 	slot  uint32 // noSlot: none
 	off   int64  // next, from the start of the slot
 	began time.Duration
+	was   uint64 // Disk.appended then
 	timer *loop.Timer
+	waits bool // for the timer
+	said  bool // that there is no room
 	err   error
 }
 
@@ -175,16 +179,27 @@ const (
 	prewriteChunk = 1 << 20
 	prewriteWrite = 256 << 10 // at a time, as others wait for the file meanwhile
 	prewritePause = 50 * time.Millisecond
+	// prewriteYield is how many bytes a second others may append before it stops, and prewriteLook when it looks again.
+	prewriteYield = 32 << 20
+	prewriteLook  = time.Second / 2
+	// prewriteAhead is how many slots are written through ahead of need, over all files: 256 MiB with blocks of 4 MiB.
+	prewriteAhead = 64
 )
 
-// in reports whether f is being written through.
-func (w *prewriter) in(f *file) bool { return w.slot != noSlot && w.f == f }
+// in reports whether f is being written through this moment.
+func (w *prewriter) in(f *file) bool { return w.slot != noSlot && !w.waits && w.f == f }
 
 // prewrite goes on with the next slot.
 func (d *Disk) prewrite() {
 	w := &d.writer
-	if w.slot != noSlot || d.closed || d.failed || len(d.parked) > 0 {
+	if w.slot != noSlot || w.waits || d.closed || d.failed || len(d.parked) > 0 {
 		return
+	}
+	ready := 0
+	for _, f := range d.files {
+		if ready += len(f.ready); ready >= prewriteAhead {
+			return
+		}
 	}
 	for _, f := range d.files {
 		if len(f.raw) > 0 {
@@ -197,8 +212,34 @@ func (d *Disk) prewrite() {
 }
 
 func (w *prewriter) step() {
-	w.began = w.d.loop.Now()
+	w.began, w.was = w.d.loop.Now(), w.d.appended
 	w.d.loop.Offload(w)
+}
+
+// after calls next in a while, or later if others are busy then.
+func (w *prewriter) after(d time.Duration, next func()) {
+	w.waits = true
+	w.timer = w.d.loop.After(d, func() {
+		w.waits = false
+		now, n := w.d.loop.Now(), w.d.appended
+		if float64(n-w.was) <= prewriteYield*(now-w.began).Seconds() {
+			next()
+			return
+		}
+		w.began, w.was = now, n
+		w.after(prewriteLook, next)
+	})
+}
+
+// interrupt has it give its slot back, if that can be done at once: somebody needs it.
+func (w *prewriter) interrupt() bool {
+	if w.slot == noSlot || !w.waits {
+		return false
+	}
+	w.timer.Stop()
+	w.waits = false
+	w.stop()
+	return true
 }
 
 // Work implements loop.Job.
@@ -228,7 +269,11 @@ func (w *prewriter) chunk() error {
 		}
 		at += n
 	}
-	return f.Datasync()
+	if err := f.Datasync(); err != nil {
+		return err
+	}
+	_ = f.DropCache(place+w.off, min(prewriteChunk, block-w.off)) // nobody reads zeroes
+	return nil
 }
 
 // Done implements loop.Job.
@@ -248,8 +293,12 @@ func (w *prewriter) Done() {
 			d.fail(f, err)
 			return
 		}
-		d.log.Warn("cannot write slots through ahead of need", "file", f.name, "err", err)
+		if !w.said {
+			d.log.Warn("cannot write slots through ahead of need", "file", f.name, "err", err)
+		}
+		w.said = true
 		d.unpark()
+		w.after(growRetry, d.prewrite)
 		return
 	case len(d.parked) > 0:
 		// Somebody needs the slot right now. What was written is durable, so it cannot come up later over other bytes.
@@ -269,8 +318,9 @@ func (w *prewriter) Done() {
 			return
 		}
 		f.ready = append(f.ready, s)
+		w.said = false
 	}
-	w.timer = d.loop.After(took, next)
+	w.after(took, next)
 }
 
 // stop gives the slot back as it is.

@@ -14,12 +14,45 @@ type group struct {
 	dirty   []uint32         // slots with bytes or an entry written since the last fdatasync began
 	flying  []uint32         // those covered by the one that runs
 	bytes   int              // written since the last one began
+	bulk    []extent         // of these, what came in large pieces
+	done    []extent         // such as the one that runs covers
 	waiting []*torus.Request // for the next one
 	served  []*torus.Request // by the one that runs
 	running bool
 	planned bool   // one begins at the end of this turn
 	start   func() // made once
 	err     error  // of the one a helper made
+}
+
+// extent is a part of a file.
+type extent struct{ off, n int64 }
+
+// bulkBytes: what is appended in pieces of so many bytes leaves the page cache as soon as it is durable. It is written once, in order, and seldom read
+// soon; page after page for it costs more than copying it, and takes the place of what is read often. Reads in such pieces go past the cache as well.
+const bulkBytes = 256 << 10
+
+// wrote notes an append.
+func (g *group) wrote(off int64, n int) {
+	g.bytes += n
+	if n < bulkBytes {
+		return
+	}
+	if k := len(g.bulk) - 1; k >= 0 && g.bulk[k].off+g.bulk[k].n == off {
+		g.bulk[k].n += int64(n)
+	} else {
+		g.bulk = append(g.bulk, extent{off, int64(n)})
+	}
+}
+
+// datasync makes what was written durable.
+func (f *file) datasync() error {
+	if err := f.f.Datasync(); err != nil {
+		return err
+	}
+	for _, x := range f.sync.done {
+		_ = f.f.DropCache(x.off, x.n) // it costs memory, nothing else
+	}
+	return nil
 }
 
 // An fdatasync is made on the loop itself, which saves two thread switches, if it can be expected to be over before
@@ -95,9 +128,10 @@ func (f *file) begin() {
 	}
 	little := g.bytes <= inlineBytes
 	g.bytes = 0
+	g.bulk, g.done = g.done[:0], g.bulk
 	d.metrics.flushes.Inc()
 	if little && d.syncTime > 0 && d.syncTime <= inlineTime && !d.writer.in(f) {
-		f.finish(f.f.Datasync())
+		f.finish(f.datasync())
 		return
 	}
 	d.loop.Offload(f)
@@ -107,7 +141,7 @@ func (f *file) begin() {
 func (f *file) Work() {
 	f.sync.err = torus.ErrClosed
 	if f.d.enter() {
-		f.sync.err = f.f.Datasync()
+		f.sync.err = f.datasync()
 		f.d.leave()
 	}
 }
