@@ -168,7 +168,7 @@ type prewriter struct {
 	slot  uint32 // noSlot: none
 	off   int64  // next, from the start of the slot
 	began time.Duration
-	was   uint64 // Disk.appended then
+	load  load
 	timer *loop.Timer
 	waits bool // for the timer
 	said  bool // that there is no room
@@ -212,7 +212,7 @@ func (d *Disk) prewrite() {
 }
 
 func (w *prewriter) step() {
-	w.began, w.was = w.d.loop.Now(), w.d.appended
+	w.began = w.d.loop.Now()
 	w.d.loop.Offload(w)
 }
 
@@ -221,14 +221,30 @@ func (w *prewriter) after(d time.Duration, next func()) {
 	w.waits = true
 	w.timer = w.d.loop.After(d, func() {
 		w.waits = false
-		now, n := w.d.loop.Now(), w.d.appended
-		if float64(n-w.was) <= prewriteYield*(now-w.began).Seconds() {
-			next()
+		if w.load.look(w.d.loop.Now(), w.d.appended) > prewriteYield {
+			w.after(prewriteLook, next)
 			return
 		}
-		w.began, w.was = now, n
-		w.after(prewriteLook, next)
+		next()
 	})
+}
+
+// load is how many bytes a second are appended.
+type load struct {
+	at   time.Duration
+	was  uint64
+	rate float64
+}
+
+// loadOver is the least time over which that is measured.
+const loadOver = 100 * time.Millisecond
+
+func (l *load) look(now time.Duration, appended uint64) float64 {
+	if d := now - l.at; d >= loadOver {
+		l.rate = float64(appended-l.was) / d.Seconds()
+		l.at, l.was = now, appended
+	}
+	return l.rate
 }
 
 // interrupt has it give its slot back, if that can be done at once: somebody needs it.
@@ -287,24 +303,21 @@ func (w *prewriter) Done() {
 	w.off += prewriteChunk
 	next := d.prewrite
 	switch {
-	case err != nil:
+	case err != nil && !errors.Is(err, vfs.ErrNoSpace):
 		w.stop()
-		if !errors.Is(err, vfs.ErrNoSpace) {
-			d.fail(f, err)
-			return
-		}
+		d.fail(f, err)
+		return
+	case err != nil:
 		if !w.said {
 			d.log.Warn("cannot write slots through ahead of need", "file", f.name, "err", err)
 		}
 		w.said = true
-		d.unpark()
-		w.after(growRetry, d.prewrite)
+		w.giveUp(growRetry)
 		return
 	case len(d.parked) > 0:
 		// Somebody needs the slot right now. What was written is durable, so it cannot come up later over other bytes.
-		w.stop()
-		d.unpark()
-		took = prewritePause
+		w.giveUp(prewritePause)
+		return
 	case w.off < int64(d.id.BlockSize):
 		next = w.step
 	default:
@@ -321,6 +334,13 @@ func (w *prewriter) Done() {
 		w.said = false
 	}
 	w.after(took, next)
+}
+
+// giveUp gives the slot back to those who wait for one, and goes on in a while: not before, whatever they do.
+func (w *prewriter) giveUp(d time.Duration) {
+	w.after(d, w.d.prewrite)
+	w.stop()
+	w.d.unpark()
 }
 
 // stop gives the slot back as it is.
