@@ -106,7 +106,7 @@ func (r *Repairer) pass(t *loop.Task) (*findings, error) {
 			}
 			switch {
 			case err == errDeleted: // the next pass finds it gone
-				r.changed, err = true, nil
+				r.changed = true
 				delete(r.volumes, v.ID)
 			case err != nil:
 				failed = err
@@ -114,7 +114,7 @@ func (r *Repairer) pass(t *loop.Task) (*findings, error) {
 				if !x.unknown {
 					r.log.Warn("cannot look through a volume, trying again", "volume", fmt.Sprintf("%x", uint64(v.ID)), "err", err)
 				}
-				x.whole, x.unknown, err = false, true, nil
+				x.whole, x.unknown = false, true
 			}
 		}
 	}
