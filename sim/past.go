@@ -531,6 +531,17 @@ func (r *Run) windDown() error {
 			}
 		}
 	}
+	forgotten := func() bool {
+		return !slices.ContainsFunc(r.vols, func(v *volume) bool {
+			return slices.ContainsFunc(r.MDS.Peek(torus.VolumeID(v.info.Id)).GetPins(), func(p *models.Pin) bool { return p.Clone != 0 })
+		})
+	}
+	if !r.runUntil(forgotten, 2*repairEvery+10*time.Second) { // peers see to it where whoever deleted a clone did not
+		return violated("LIVE", "a volume keeps what a clone needed that is deleted")
+	}
+	if r.err != nil {
+		return r.err
+	}
 	for _, v := range r.vols {
 		v.amend(func(s *models.VolumeState) {
 			s.Pins = slices.DeleteFunc(s.Pins, func(p *models.Pin) bool { return p.Clone == 0 })

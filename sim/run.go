@@ -396,13 +396,6 @@ func (r *Run) converge() error {
 			r.Left += (&committed{c: r.Cluster, vol: v.info}).leaked(listed)
 		}
 	}
-	for _, v := range r.vols {
-		for _, p := range r.MDS.Peek(torus.VolumeID(v.info.Id)).GetPins() {
-			if r.p.repair && r.p.past && p.Clone != 0 && !slices.ContainsFunc(r.vols, func(x *volume) bool { return x.info.Id == p.Clone }) && r.MDS.Peek(torus.VolumeID(p.Clone)) == nil {
-				return violated("LIVE", "volume %s keeps what clone %d needed, which is deleted", v.info.Name, p.Clone)
-			}
-		}
-	}
 	if r.p.repair && r.Left > 0 {
 		return violated("LIVE", "%d copies of blocks of deleted volumes are still stored", r.Left)
 	}

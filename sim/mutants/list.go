@@ -293,6 +293,17 @@ var mutants = []Mutant{
 		Edits: []Edit{{"			if a.chunks[i].overlaps(", "			if a.chunks[i].loaded && a.chunks[i].overlaps("}},
 	},
 
+	// Clones.
+	{
+		Name: "clone-unforgotten", Rule: "a volume keeps for ever what a clone needed that was deleted half-way", File: "peer/repair/pass.go",
+		Edits: []Edit{{"if r.cfg.Forget == nil || there[clone]", "if r.cfg.Forget != nil || there[clone]"}},
+	},
+	{
+		Name: "forget-too-much", Rule: "what a clone needs is given up although the clone is there", File: "peer/repair/pass.go",
+		Edits: []Edit{{"if r.cfg.Forget == nil || there[clone] || clone > last ||", "if r.cfg.Forget == nil ||"}},
+		More:  map[string][]Edit{"block/snapshot.go": {{"	if _, err := mds.VolumeState(ctx, clone); !errors.Is(err, torus.ErrNotExist) {\n		return err\n	}\n", ""}}},
+	},
+
 	// Stores, by their crash tests.
 	{
 		Name: "seal-not-awaited", Rule: "a seal is answered before its entry is durable", File: "storage/seal.go",
