@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"time"
@@ -397,8 +398,9 @@ func Compact(ctx context.Context, mds torus.MetadataService, name string) (bool,
 	if err != nil {
 		return false, err
 	}
-	compact := func(a *models.Ask) bool { return a.Compact }
-	return ask(ctx, mds, torus.VolumeID(v.Id), &models.Ask{Compact: true}, func(s *models.VolumeState, asked bool) bool {
+	id := rand.Uint64() | 1
+	compact := func(a *models.Ask) bool { return a.Compact == id }
+	return ask(ctx, mds, torus.VolumeID(v.Id), &models.Ask{Compact: id}, func(s *models.VolumeState, asked bool) bool {
 		return asked && !slices.ContainsFunc(s.Asks, compact)
 	})
 }

@@ -76,6 +76,12 @@ func (f *File) readAhead(s *stream) {
 		return
 	}
 	n := min(s.piece, f.size-s.end)
+	for p := s.end / pageSize; p < (s.end+n+pageSize-1)/pageSize; p = (p/leafPages + 1) * leafPages {
+		if _, ok := f.m.get(p); !ok {
+			f.m.load(p, func(error) {}) // nobody shall wait for more than he has asked for
+			return
+		}
+	}
 	c := &chunk{f: f, buf: buf.Get(int(n)), used: f.loop.Now()}
 	c.req = device.Request{Op: device.Read, Off: s.end, Len: n, Data: c.buf.Bytes()[:n], Done: c.done}
 	s.end += n
@@ -163,13 +169,22 @@ func (a *ahead) clear() {
 	a.timer.Stop()
 }
 
-// drop gives chunk i up. Reads that wait for it look again when it is there.
+// drop gives chunk i up. Reads that wait for it look again.
 func (a *ahead) drop(i int) {
 	c := a.chunks[i]
 	a.chunks = slices.Delete(a.chunks, i, i+1)
 	c.dropped = true
 	if c.loaded {
 		c.buf.Release()
+		return
+	}
+	if waiters := c.waiters; len(waiters) > 0 {
+		c.waiters = nil
+		c.f.loop.Post(func() { // not now: they may come back here
+			for _, op := range waiters {
+				op.done(nil)
+			}
+		})
 	}
 }
 

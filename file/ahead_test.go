@@ -275,3 +275,39 @@ func TestReadGaps(t *testing.T) {
 		})
 	}
 }
+
+// What cannot be read ahead, as its peers are away, holds nobody up who does not want it.
+func TestReadAheadOfWhatIsAway(t *testing.T) {
+	const pages = 512
+	r := newRig(t, 1, 3, 2, pages*4096)
+	c := r.attach(nil)
+	c.writeStamped(0, pages, 1)
+	c.detach()
+	c = r.attach(nil)
+	c.readStamped(0, 1, 1) // the map is in memory
+	r.peers[1].crash(false)
+	r.peers[2].crash(false)
+	r.v.RunFor(10 * time.Millisecond)
+	there := map[uint64]bool{}
+	for ref, b := range r.peers[0].blocks {
+		for off := 0; off < len(b.data) && ref.Type == torus.TypeBlock; off += 4096 {
+			if page := binary.LittleEndian.Uint64(b.data[off:]); page < pages && b.data[off+4095] == 1 {
+				there[page] = true
+			}
+		}
+	}
+	if n := len(there); n < pages/3 || n == pages {
+		t.Fatalf("%d pages of %d can be read", n, pages)
+	}
+	for range 2 {
+		for page := range uint64(pages) {
+			if there[page] {
+				c.readStamped(page, 1, 1) // within a minute, or the test fails
+			}
+		}
+	}
+	if c.f.Stats().AheadBytes == 0 {
+		t.Error("nothing was read ahead")
+	}
+	c.kill()
+}

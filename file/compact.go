@@ -66,15 +66,12 @@ func (f *File) maybeCompact() {
 	f.compacting = true
 	f.setPace(pace)
 	loop.Go(f.loop, func(t *loop.Task) {
-		var err error
-		if len(untidy) > 0 {
-			err = f.tidy(t, untidy)
-		}
-		if err == nil {
-			err = f.compactAll(t, slots)
+		err := f.compactAll(t, slots)
+		f.setPace(0)
+		if len(untidy) > 0 && !f.closing && f.err == nil {
+			f.tidy(t, untidy)
 		}
 		f.compacting = false
-		f.setPace(0)
 		if f.flattening {
 			f.sinceCkpt++ // the next one has something to say, even if nothing is written: that the victims are of no more use
 		}
@@ -182,10 +179,10 @@ func (f *File) tight() {
 	f.checkpointing = true
 	loop.Go(f.loop, func(t *loop.Task) {
 		err := f.checkpoint(t, func(*models.VolumeState) error { return nil })
-		more := err == nil && len(f.untidy()) > 0
+		more := err == nil && (f.compacting || f.tidied == f.number || f.pinning || len(f.untidy()) > 0)
 		if err == nil && !more {
 			err = f.checkpoint(t, func(s *models.VolumeState) error {
-				s.Asks = slices.DeleteFunc(s.Asks, func(a *models.Ask) bool { return a.Compact })
+				s.Asks = slices.DeleteFunc(s.Asks, func(a *models.Ask) bool { return slices.Contains(f.tightAsks, a.Compact) })
 				return nil
 			})
 		}
@@ -200,8 +197,9 @@ func (f *File) tight() {
 			f.maybeCompact()
 			return
 		}
-		f.tighten = 0
+		f.tighten, f.tightAsks = 0, nil
 		f.maybeCheckpoint()
+		f.answer()
 	})
 }
 
@@ -403,7 +401,7 @@ func (f *File) fetch(t *loop.Task, l []moving) (bufs []*buf.Buf) {
 			bufs = append(bufs, b)
 			data := b.Bytes()[:size]
 			in := func(x int) []byte { return data[(l[x].from.page()-first.page())*pageSize:][:pageSize] }
-			f.readAt(first, data, nil, giveUp, func(*distributor.Read) bool {
+			f.readAt(first, data, nil, true, giveUp, func(*distributor.Read) bool {
 				return !slices.ContainsFunc(run, func(x int) bool { return record.Checksum(in(x)) != l[x].crc })
 			}, func(rd *distributor.Read) {
 				if rd.Err != nil {

@@ -188,6 +188,8 @@ func (op *readOp) done(err error) {
 	f, r := op.f, op.r
 	if f.err != nil {
 		op.err = f.err
+	} else if op.stale && op.ahead {
+		op.err = errMoved
 	} else if op.stale && (op.err == nil || op.tries < 3) {
 		if op.err != nil {
 			op.tries++
@@ -227,7 +229,7 @@ func (x *readRun) start() {
 		x.bounce = buf.Get(n)
 		dst = x.bounce.Bytes()[:n]
 	}
-	f.readAt(first.e, dst, x, x.moved, runVerify, runDone)
+	f.readAt(first.e, dst, x, !x.op.ahead, x.moved, runVerify, runDone)
 }
 
 // straight is the reader's own memory, if a run is just what it wants there, page for page.
@@ -249,12 +251,12 @@ func (x *readRun) contents(b []byte, p part) []byte {
 	return b[(p.e.page()-x.parts[0].e.page())*pageSize:][:pageSize]
 }
 
-// readAt reads the run of pages that begins at e into dst from whichever replica has it.
-func (f *File) readAt(e entry, dst []byte, user any, until func() error, verify func(*distributor.Read) bool, done func(*distributor.Read)) {
+// readAt reads the run of pages that begins at e into dst from whichever replica has it; wait: for one that is away, too.
+func (f *File) readAt(e entry, dst []byte, user any, wait bool, until func() error, verify func(*distributor.Read) bool, done func(*distributor.Read)) {
 	b := &f.table.e[e.slot()]
 	rd := f.dist.NewRead()
 	rd.Ref, rd.Off, rd.Data, rd.Set = b.ref, e.page()*pageSize, dst, b.peers
-	rd.User, rd.Verify, rd.Done, rd.Wait, rd.Until = user, verify, done, true, until
+	rd.User, rd.Verify, rd.Done, rd.Wait, rd.Until = user, verify, done, wait, until
 	rd.Start()
 }
 
@@ -279,8 +281,8 @@ func runDone(rd *distributor.Read) {
 			give(op.r, p.page, x.contents(x.bounce.Bytes(), p))
 		}
 	}
-	if (errors.Is(err, torus.ErrCorrupt) || errors.Is(err, torus.ErrIO)) && len(x.parts) > 1 {
-		// Each replica has a bad page somewhere in the run. Page by page, each may still have a good copy; and a page in between may be nobody's.
+	if (errors.Is(err, torus.ErrCorrupt) || errors.Is(err, torus.ErrIO) || errors.Is(err, torus.ErrGap)) && len(x.parts) > 1 {
+		// Each replica has a bad page somewhere in the run, or ends within it. Page by page, each may still have a good copy; and a page in between may be nobody's.
 		err = nil
 		for i := range x.parts {
 			op.pending++
@@ -290,7 +292,7 @@ func runDone(rd *distributor.Read) {
 	if err == errMoved {
 		op.stale, err = true, nil
 	}
-	if err != nil {
+	if err != nil && !op.ahead {
 		// The block may have been given up since the map was asked: then the map knows better by now.
 		for _, p := range x.parts {
 			if now, ok := f.m.get(p.page); !ok || now != p.e {
@@ -314,7 +316,7 @@ func (f *File) readNode(e entry, dst []byte, done func(error)) {
 		done(errLost)
 		return
 	}
-	f.readAt(e, dst, nil, f.errFn, func(rd *distributor.Read) bool {
+	f.readAt(e, dst, nil, true, f.errFn, func(rd *distributor.Read) bool {
 		return record.Checksum(rd.Data)&0xffffff == e.crc()
 	}, func(rd *distributor.Read) {
 		err := rd.Err

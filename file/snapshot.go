@@ -21,13 +21,17 @@ func (f *File) answer() {
 	if f.pinning || f.closing || f.err != nil || f.tick == nil {
 		return
 	}
+	var compact []uint64
 	asks := slices.DeleteFunc(slices.Clone(f.state.GetAsks()), func(a *models.Ask) bool {
-		if a.Compact && f.tighten == 0 {
-			f.tighten = f.number + 2 // what is listed from here on is not meant
-			f.loop.Defer(f.maybeCompact)
+		if a.Compact != 0 {
+			compact = append(compact, a.Compact)
 		}
-		return a.Compact // stays until that is done: see tight
+		return a.Compact != 0 // stays until that is done: see tight
 	})
+	if len(compact) > 0 && f.tighten == 0 {
+		f.tighten, f.tightAsks = f.number+2, compact // what is listed from here on is not meant
+		f.loop.Defer(f.maybeCompact)
+	}
 	if len(asks) == 0 {
 		return
 	}

@@ -2,6 +2,7 @@ package file
 
 import (
 	"cmp"
+	"fmt"
 	"slices"
 
 	"github.com/coreos/torus"
@@ -34,7 +35,7 @@ func (f *File) untidy() map[uint32]bool {
 	keep := newPins(f.state.VolumeState, 0)
 	for i := range f.table.e {
 		e := &f.table.e[i]
-		if e.used && e.live > 0 && e.ref.Type == torus.TypeINode && e.ref.Volume == f.vol && !e.held && !f.meta.at(uint32(i)) &&
+		if e.used && e.live > 0 && e.ref.Type == torus.TypeINode && e.ref.Volume == f.vol && !e.held && !f.meta.at(uint32(i)) && !f.avoids(uint32(i)) &&
 			!keep.need(&tableEntry{ref: e.ref, birth: e.birth, death: f.number + 1}) {
 			l = append(l, uint32(i))
 			live += uint64(e.live)
@@ -63,9 +64,13 @@ func (f *File) untidy() map[uint32]bool {
 	return blocks
 }
 
-// tidy calls the nodes in some metadata blocks changed.
-func (f *File) tidy(t *loop.Task, blocks map[uint32]bool) error {
+// tidy calls the nodes in some metadata blocks changed. Blocks of which it finds none, or not all, it leaves alone for a while.
+func (f *File) tidy(t *loop.Task, blocks map[uint32]bool) {
 	f.tidied = f.number
+	left := map[uint32]int{}
+	for slot := range blocks {
+		left[slot] = int(f.table.e[slot].live)
+	}
 	in := func(e entry) bool { return e.kind() == entryData && blocks[e.slot()] }
 	var roots []uint64
 	for i, top := range f.m.top {
@@ -73,34 +78,100 @@ func (f *File) tidy(t *loop.Task, blocks map[uint32]bool) error {
 			roots = append(roots, uint64(i)*fanout)
 		}
 	}
-	if err := f.eachLeaf(t, roots, func(uint64) {}); err != nil { // of a leaf, but its interior node is there then
-		return err
+	err := f.loadSome(t, roots, func(uint64) {}) // of a leaf, but its interior node is there then
+	found := 0
+	find := func(slot uint32) {
+		found++
+		left[slot]--
 	}
 	var leaves []uint64
 	for i, top := range f.m.top {
 		if top.in == nil {
 			continue
 		}
-		top.in.dirty = top.in.dirty || in(top.ptr)
+		if in(top.ptr) {
+			top.in.dirty = true
+			find(top.ptr.slot())
+		}
 		for k, e := range top.in.ptr {
 			if in(e) {
 				leaves = append(leaves, uint64(i*fanout+k))
 			}
 		}
 	}
-	err := f.eachLeaf(t, leaves, func(leaf uint64) {
-		if l := f.m.writable(leaf * leafPages); l != nil {
-			f.m.touch(l)
-		}
-	})
+	if err == nil {
+		err = f.loadSome(t, leaves, func(leaf uint64) {
+			top := f.m.top[leaf/fanout]
+			if l := f.m.writable(leaf * leafPages); l != nil && in(top.in.ptr[leaf%fanout]) {
+				f.m.touch(l)
+				find(top.in.ptr[leaf%fanout].slot())
+			}
+		})
+	}
+	if f.err != nil {
+		return
+	}
 	for p, x := range f.table.pages {
 		if x == nil {
 			continue
 		}
 		if slot, ok := f.table.byRef[pageRef(f.vol, x)]; ok && blocks[slot] {
 			f.table.dirty[p] = true
+			find(slot)
 		}
 	}
-	f.sinceCkpt++ // there is something to commit
-	return err
+	if f.meta.inodePages > 0 && blocks[f.meta.inodeSlot] { // every checkpoint writes it anew
+		left[f.meta.inodeSlot] -= f.meta.inodePages
+	}
+	if err != nil {
+		f.log.Warn("metadata cannot be tidied, trying again later", "err", err)
+	}
+	for slot, n := range left {
+		if n > 0 {
+			f.avoided[slot] = avoided{f.table.e[slot].ref, f.loop.Now() + avoidFor}
+		}
+	}
+	if found > 0 {
+		f.sinceCkpt++ // there is something to commit
+	}
+}
+
+// loadSome calls fn for each leaf while it is in memory. It gives up on peers that do not answer.
+func (f *File) loadSome(t *loop.Task, leaves []uint64, fn func(leaf uint64)) (failed error) {
+	const atOnce = 32
+	for len(leaves) > 0 && failed == nil {
+		part := leaves[:min(atOnce, len(leaves))]
+		leaves = leaves[len(part):]
+		t.Wait(func(wake func()) {
+			waits, over := len(part), false
+			end := func(err error) {
+				if failed == nil {
+					failed = err
+				}
+				over = true
+				wake()
+			}
+			timer := f.loop.After(compactWait, func() { end(fmt.Errorf("no answer for %v: %w", compactWait, torus.ErrBlockUnavailable)) })
+			for _, leaf := range part {
+				f.m.load(leaf*leafPages, func(err error) {
+					if over {
+						return
+					}
+					if err == nil {
+						fn(leaf)
+					} else if failed == nil {
+						failed = err
+					}
+					if waits--; waits == 0 {
+						timer.Stop()
+						end(nil)
+					}
+				})
+			}
+		})
+		if f.closing || f.err != nil {
+			return torus.ErrClosed
+		}
+	}
+	return failed
 }

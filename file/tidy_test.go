@@ -80,7 +80,7 @@ func TestTight(t *testing.T) {
 				}
 				r.edit(c, func(s *models.VolumeState) {
 					s.Pins = nil
-					s.Asks = append(s.Asks, &models.Ask{Compact: true})
+					s.Asks = append(s.Asks, &models.Ask{Compact: 1})
 				})
 				if busy {
 					c.overwrite(100, 5*time.Millisecond, func() uint64 { return r.rng.Uint64N(pages) }, func() {})

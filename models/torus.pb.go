@@ -843,7 +843,7 @@ type Ask struct {
 	Snapshot      string                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`                     // pin the present under this name
 	SizeBytes     uint64                 `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // grow to this size
 	Flatten       bool                   `protobuf:"varint,3,opt,name=flatten,proto3" json:"flatten,omitempty"`                      // a clone: copy what it has of its origin
-	Compact       bool                   `protobuf:"varint,4,opt,name=compact,proto3" json:"compact,omitempty"`                      // give back, once, whatever can be given back
+	Compact       uint64                 `protobuf:"varint,4,opt,name=compact,proto3" json:"compact,omitempty"`                      // give back, once, whatever can be given back; any number, to tell who asked
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -899,11 +899,11 @@ func (x *Ask) GetFlatten() bool {
 	return false
 }
 
-func (x *Ask) GetCompact() bool {
+func (x *Ask) GetCompact() uint64 {
 	if x != nil {
 		return x.Compact
 	}
-	return false
+	return 0
 }
 
 // Origin is where a clone's blocks come from.
@@ -1703,7 +1703,7 @@ const file_models_torus_proto_rawDesc = "" +
 	"\n" +
 	"size_bytes\x18\x02 \x01(\x04R\tsizeBytes\x12\x18\n" +
 	"\aflatten\x18\x03 \x01(\bR\aflatten\x12\x18\n" +
-	"\acompact\x18\x04 \x01(\bR\acompact\"@\n" +
+	"\acompact\x18\x04 \x01(\x04R\acompact\"@\n" +
 	"\x06Origin\x12\x16\n" +
 	"\x06volume\x18\x01 \x01(\x04R\x06volume\x12\x1e\n" +
 	"\x02at\x18\x02 \x01(\v2\x0e.models.MomentR\x02at\"\xa9\x02\n" +

@@ -432,7 +432,7 @@ func (v *volume) flatten() {
 // compact asks for it.
 func (v *volume) compact() {
 	v.r.say("compact %s", v.info.Name)
-	v.amend(func(s *models.VolumeState) { s.Asks = append(s.Asks, &models.Ask{Compact: true}) })
+	v.amend(func(s *models.VolumeState) { s.Asks = append(s.Asks, &models.Ask{Compact: v.r.rng.Uint64() | 1}) })
 }
 
 // bury goes on with the deletion of a volume.

@@ -77,7 +77,7 @@ var mutants = []Mutant{
 	// Storage.
 	{
 		Name: "crc-unchecked", Rule: "a read's checksums are not checked", File: "file/read.go",
-		Edits: []Edit{{"		if record.Checksum(rd.Data[i*pageSize:][:pageSize])&0xffffff != e.crc() {\n			return false", "		if i < 0 && e.crc() == 0 {\n			return false"}},
+		Edits: []Edit{{"		if record.Checksum(x.contents(rd.Data, p))&0xffffff != p.e.crc() {\n			return false", "		if len(x.contents(rd.Data, p)) == 0 {\n			return false"}},
 	},
 	{
 		Name: "empty-disk", Rule: "a wiped peer comes back under its old identity", File: "storage/open.go",
@@ -327,7 +327,7 @@ var mutants = []Mutant{
 	},
 	{
 		Name: "prewrite-no-sync", Rule: "the pre-writer does not sync before a slot of a new file is used", File: "storage/grow.go",
-		Edits:   []Edit{{"	return f.Datasync()\n}\n\n// Done implements loop.Job.\nfunc (w *prewriter)", "	return nil\n}\n\n// Done implements loop.Job.\nfunc (w *prewriter)"}},
+		Edits:   []Edit{{"	if err := f.Datasync(); err != nil {\n		return err\n	}\n	_ = f.DropCache(place", "	_ = f.DropCache(place"}},
 		Package: "./storage", Test: "^TestCrash",
 		Harmless: "zeroes of the pre-writer and bytes of an append are written to one file through the same page cache, one after the other, and the " +
 			"fdatasync that makes an append durable covers the whole file: there is no order in which older zeroes can cover newer bytes. " +
