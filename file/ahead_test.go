@@ -25,6 +25,18 @@ func stampPages(page, n uint64, generation byte) []byte {
 	return b
 }
 
+// stamped calls fn with each stamped page of a generation below limit that a peer has.
+func (p *fakePeer) stamped(limit uint64, generation byte, fn func(page uint64, b []byte)) {
+	for ref, x := range p.blocks {
+		for off := 0; off < len(x.data) && ref.Type == torus.TypeBlock; off += 4096 {
+			b := x.data[off:][:4096]
+			if page := binary.LittleEndian.Uint64(b); page < limit && b[8] == generation && b[4095] == generation {
+				fn(page, b)
+			}
+		}
+	}
+}
+
 // writeStamped writes pages in pieces of 64, and flushes.
 func (c *client) writeStamped(page, n uint64, generation byte) {
 	c.r.t.Helper()
@@ -186,13 +198,11 @@ func TestReadAheadFails(t *testing.T) {
 	c.writeStamped(0, pages, 1)
 	c.detach()
 	for _, p := range r.peers {
-		for _, b := range p.blocks {
-			for off := 0; off < len(b.data); off += 4096 {
-				if binary.LittleEndian.Uint64(b.data[off:]) == bad && b.data[off+8] == 1 && b.data[off+4095] == 1 {
-					b.data[off+100] ^= 1
-				}
+		p.stamped(pages, 1, func(page uint64, b []byte) {
+			if page == bad {
+				b[100] ^= 1
 			}
-		}
+		})
 	}
 	c = r.attach(nil)
 	for page := range uint64(pages) {
@@ -226,13 +236,11 @@ func TestReadGaps(t *testing.T) {
 	}{
 		{"well", func(*fakePeer) {}, 40},
 		{"obsolete pages are damaged", func(p *fakePeer) {
-			for _, b := range p.blocks {
-				for off := 0; off < len(b.data); off += 4096 {
-					if page := binary.LittleEndian.Uint64(b.data[off:]); page < pages && page%3 == 0 && b.data[off+4095] == 1 {
-						b.data[off+100] ^= 1
-					}
+			p.stamped(pages, 1, func(page uint64, b []byte) {
+				if page%3 == 0 {
+					b[100] ^= 1
 				}
-			}
+			})
 		}, 40},
 		{"obsolete pages cannot be read", func(p *fakePeer) {
 			p.drop = func(q *torus.Request) error {
@@ -289,13 +297,7 @@ func TestReadAheadOfWhatIsAway(t *testing.T) {
 	r.peers[2].crash(false)
 	r.v.RunFor(10 * time.Millisecond)
 	there := map[uint64]bool{}
-	for ref, b := range r.peers[0].blocks {
-		for off := 0; off < len(b.data) && ref.Type == torus.TypeBlock; off += 4096 {
-			if page := binary.LittleEndian.Uint64(b.data[off:]); page < pages && b.data[off+4095] == 1 {
-				there[page] = true
-			}
-		}
-	}
+	r.peers[0].stamped(pages, 1, func(page uint64, _ []byte) { there[page] = true })
 	if n := len(there); n < pages/3 || n == pages {
 		t.Fatalf("%d pages of %d can be read", n, pages)
 	}

@@ -340,22 +340,42 @@ func (f *File) alive(t *loop.Task, slot uint32) (l []moving, err error) {
 	return l, err
 }
 
-// eachLeaf calls fn for each leaf while it is in memory.
+// eachLeaf calls fn for each leaf while it is in memory. It gives up on peers that do not answer.
 func (f *File) eachLeaf(t *loop.Task, leaves []uint64, fn func(leaf uint64)) (failed error) {
 	const atOnce = 32
 	for len(leaves) > 0 && failed == nil {
 		part := leaves[:min(atOnce, len(leaves))]
 		leaves = leaves[len(part):]
-		t.All(len(part), func(i int, done func()) {
-			f.m.load(part[i]*leafPages, func(err error) {
-				if err == nil {
-					fn(part[i])
-				} else {
+		t.Wait(func(wake func()) {
+			waits, over := len(part), false
+			end := func(err error) {
+				if failed == nil {
 					failed = err
 				}
-				done()
-			})
+				over = true
+				wake()
+			}
+			timer := f.loop.After(compactWait, func() { end(fmt.Errorf("no answer for %v: %w", compactWait, torus.ErrBlockUnavailable)) })
+			for _, leaf := range part {
+				f.m.load(leaf*leafPages, func(err error) {
+					if over {
+						return
+					}
+					if err == nil {
+						fn(leaf)
+					} else if failed == nil {
+						failed = err
+					}
+					if waits--; waits == 0 {
+						timer.Stop()
+						end(nil)
+					}
+				})
+			}
 		})
+		if failed == nil {
+			failed = f.err
+		}
 	}
 	return failed
 }

@@ -16,7 +16,7 @@ import (
 
 const (
 	retryEvery = 100 * time.Millisecond
-	// readGap is how many pages that nobody wants are read along rather than ask twice: to copy one costs about a quarter of a request.
+	// readGap is how many pages that nobody wants are read along rather than ask twice. Fewer than compaction reads (compactGap), as somebody waits for them.
 	readGap = 4
 	// runPages bounds what is read in one request: 1 MiB, with what may lie in between.
 	runPages = record.MaxPages + record.MaxPages/8

@@ -2,7 +2,6 @@ package file
 
 import (
 	"cmp"
-	"fmt"
 	"slices"
 
 	"github.com/coreos/torus"
@@ -78,7 +77,7 @@ func (f *File) tidy(t *loop.Task, blocks map[uint32]bool) {
 			roots = append(roots, uint64(i)*fanout)
 		}
 	}
-	err := f.loadSome(t, roots, func(uint64) {}) // of a leaf, but its interior node is there then
+	err := f.eachLeaf(t, roots, func(uint64) {}) // of a leaf, but its interior node is there then
 	found := 0
 	find := func(slot uint32) {
 		found++
@@ -99,8 +98,8 @@ func (f *File) tidy(t *loop.Task, blocks map[uint32]bool) {
 			}
 		}
 	}
-	if err == nil {
-		err = f.loadSome(t, leaves, func(leaf uint64) {
+	if err == nil && !f.closing {
+		err = f.eachLeaf(t, leaves, func(leaf uint64) {
 			top := f.m.top[leaf/fanout]
 			if l := f.m.writable(leaf * leafPages); l != nil && in(top.in.ptr[leaf%fanout]) {
 				f.m.touch(l)
@@ -134,44 +133,4 @@ func (f *File) tidy(t *loop.Task, blocks map[uint32]bool) {
 	if found > 0 {
 		f.sinceCkpt++ // there is something to commit
 	}
-}
-
-// loadSome calls fn for each leaf while it is in memory. It gives up on peers that do not answer.
-func (f *File) loadSome(t *loop.Task, leaves []uint64, fn func(leaf uint64)) (failed error) {
-	const atOnce = 32
-	for len(leaves) > 0 && failed == nil {
-		part := leaves[:min(atOnce, len(leaves))]
-		leaves = leaves[len(part):]
-		t.Wait(func(wake func()) {
-			waits, over := len(part), false
-			end := func(err error) {
-				if failed == nil {
-					failed = err
-				}
-				over = true
-				wake()
-			}
-			timer := f.loop.After(compactWait, func() { end(fmt.Errorf("no answer for %v: %w", compactWait, torus.ErrBlockUnavailable)) })
-			for _, leaf := range part {
-				f.m.load(leaf*leafPages, func(err error) {
-					if over {
-						return
-					}
-					if err == nil {
-						fn(leaf)
-					} else if failed == nil {
-						failed = err
-					}
-					if waits--; waits == 0 {
-						timer.Stop()
-						end(nil)
-					}
-				})
-			}
-		})
-		if f.closing || f.err != nil {
-			return torus.ErrClosed
-		}
-	}
-	return failed
 }

@@ -28,7 +28,7 @@ type group struct {
 type extent struct{ off, n int64 }
 
 // bulkBytes: what is appended in pieces of so many bytes leaves the page cache as soon as it is durable. It is written once, in order, and seldom read
-// soon; page after page for it costs more than copying it, and takes the place of what is read often. Reads in such pieces go past the cache as well.
+// soon; in the cache it takes the place of what is read often, and where memory comes from a host new pages can cost more than the copying (docs/performance.md). Reads in such pieces go past the cache as well.
 const bulkBytes = 256 << 10
 
 // wrote notes an append.
