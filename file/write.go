@@ -255,13 +255,12 @@ func (f *File) put(r *device.Request, edges []edge) {
 				clear(dst) // the device ends in this page
 			}
 			copy(dst[in:], data[:k])
-			f.add(rc, page, 1, record.Data, dst)
+			f.add(rc, page, 1, record.Data, dst, nil)
 			data, off = data[k:], off+uint64(k)
 		} else {
 			k := n * pageSize
 			dst := rc.extend(n)
-			copy(dst, data[:k])
-			f.add(rc, page, n, record.Data, dst)
+			f.add(rc, page, n, record.Data, dst, data)
 			data, off = data[k:], off+uint64(k)
 		}
 		pages -= n
@@ -292,7 +291,7 @@ func (f *File) putZeroes(r *device.Request, edges []edge) {
 		at := edges[i].page * pageSize
 		from, to := max(r.Off, at), min(r.Off+r.Len, at+pageSize)
 		clear(dst[from-at : to-at])
-		f.add(rc, edges[i].page, 1, record.Data, dst)
+		f.add(rc, edges[i].page, 1, record.Data, dst, nil)
 	}
 	from, to := (r.Off+pageSize-1)/pageSize, (r.Off+r.Len)/pageSize
 	if r.Off+r.Len == f.size {
@@ -323,7 +322,7 @@ func (f *File) putRange(r *device.Request, first, last uint64, kind record.Kind)
 			f.seal() // see overlay: a span has its record to itself
 		}
 		rc = f.room(0)
-		f.add(rc, first, int(n), kind, nil)
+		f.add(rc, first, int(n), kind, nil, nil)
 		first += n
 		if n > listPages && first <= last {
 			f.seal()
@@ -372,8 +371,9 @@ func (f *File) sealDeferred() {
 	}
 }
 
-// add notes an extent and the checksums of its pages.
-func (f *File) add(r *rec, page uint64, n int, kind record.Kind, data []byte) {
+// add notes an extent and the checksums of its pages. from, unless it is nil, is what to fill them with first: page by page, so that each is in the
+// processor's cache for its checksum.
+func (f *File) add(r *rec, page uint64, n int, kind record.Kind, data, from []byte) {
 	x := r.hdr.Extents
 	if k := len(x) - 1; k >= 0 && kind == record.Data && x[k].Kind == kind && x[k].Page+uint64(x[k].Count) == page {
 		x[k].Count += uint32(n)
@@ -381,6 +381,10 @@ func (f *File) add(r *rec, page uint64, n int, kind record.Kind, data []byte) {
 		r.hdr.Extents = append(x, record.Extent{Page: page, Count: uint32(n), Kind: kind})
 	}
 	for len(data) > 0 {
+		if from != nil {
+			copy(data[:torus.PageSize], from)
+			from = from[torus.PageSize:]
+		}
 		r.hdr.CRCs = append(r.hdr.CRCs, record.Checksum(data[:torus.PageSize]))
 		data = data[torus.PageSize:]
 	}

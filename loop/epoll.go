@@ -264,10 +264,17 @@ func (e *Epoll) stopTimer(t *Timer) { e.timers.remove(t.index) }
 
 // Offload implements Loop.
 func (e *Epoll) Offload(j Job) {
-	if r, ok := j.(FileRead); ok && e.ring != nil && e.ring.read(r) {
+	if r, ok := j.(FileIO); ok && e.ring != nil && e.ring.start(r) {
 		return
 	}
 	e.pool.run(j)
+}
+
+// Settle waits until no file of a FileIO is in use by the kernel. Their Done is called in a later turn.
+func (e *Epoll) Settle() {
+	if e.ring != nil {
+		e.ring.settle()
+	}
 }
 
 // sysmon, the Go scheduler's monitor, takes the P away from a goroutine that it finds in a system call and that has not

@@ -21,7 +21,7 @@ type Loop interface {
 	// After runs fn once, d from now, unless stopped.
 	After(d time.Duration, fn func()) *Timer
 	// Offload runs j.Work on a helper thread, then j.Done on the loop. The number of helpers is bounded; jobs
-	// wait for one in order. For what may block: a cold read (see FileRead), a slow fdatasync, an etcd transaction.
+	// wait for one in order. For what may block: a cold read (see FileIO), a slow fdatasync, an etcd transaction.
 	Offload(j Job)
 }
 

@@ -9,16 +9,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// FileRead is a Job that is no more than one read of a file, which a loop may leave to the kernel instead of to a helper:
-// then, if all of it could be read, Done is called and Work was not.
-type FileRead interface {
+// FileIO is a Job that is no more than one read or write of a file, which a loop may leave to the kernel instead of to a helper:
+// then, if it could be done as a whole, Done is called and Work was not.
+type FileIO interface {
 	Job
-	// FileRead says what Work would read: a descriptor that stays open, and memory that stays untouched, until the read is over; n bytes
+	// FileIO says what Work would read or write: a descriptor that stays open, and memory that nobody else writes to, until it is over; len(b) bytes
 	// at offset off. A descriptor below 0: leave it to Work.
-	FileRead() (fd int, b []byte, off int64)
+	FileIO() (fd int, write bool, b []byte, off int64)
 }
 
-// uring is an io_uring(7) for reads. What is queued in a turn is submitted at its end in one system call, and what is done
+// uring is an io_uring(7) for files. What is queued in a turn is submitted at its end in one system call, and what is done
 // shows as readiness of the ring's own descriptor.
 type uring struct {
 	e   *Epoll
@@ -33,14 +33,15 @@ type uring struct {
 	sqMask, cqMask           uint32
 	queued                   uint32 // entries not submitted yet
 	flying                   int    // submitted or queued
-	jobs                     []FileRead
+	jobs                     []FileIO
 	sizes                    []int32
 	free                     []int32 // indices of jobs
 	flush                    func()
 	planned, closed, harvest bool
+	settling                 bool
 }
 
-// uringDepth bounds the reads under way; more wait for helpers.
+// uringDepth bounds the jobs under way; more wait for helpers.
 const uringDepth = 256
 
 // The layouts are those of linux/io_uring.h.
@@ -78,6 +79,7 @@ type uringParams struct {
 
 const (
 	uringOpRead        = 22
+	uringOpWrite       = 23
 	uringSetupClamp    = 1 << 4
 	uringSetupCoop     = 1 << 8 // no interrupt for a completion: the loop enters the kernel soon enough
 	uringFeatSingleMap = 1 << 0
@@ -88,7 +90,7 @@ const (
 )
 
 // newUring makes the ring of a loop. It fails where the kernel has none (before 5.19 for what is used here) or an
-// administrator forbids it; helpers then do the reads.
+// administrator forbids it; helpers then do the jobs.
 func newUring(e *Epoll) (_ *uring, err error) {
 	p := uringParams{flags: uringSetupClamp | uringSetupCoop}
 	fd, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, uringDepth, uintptr(unsafe.Pointer(&p)), 0)
@@ -119,7 +121,7 @@ func newUring(e *Epoll) (_ *uring, err error) {
 	u.sqArray = unsafe.Slice(at(p.sqOff.array), p.sqEntries)
 	u.cqEntries = unsafe.Slice((*uringCQE)(unsafe.Pointer(&u.sq[p.cqOff.cqes])), p.cqEntries)
 	u.entries = unsafe.Slice((*uringSQE)(unsafe.Pointer(&u.sqes[0])), p.sqEntries)
-	u.jobs, u.sizes = make([]FileRead, p.sqEntries), make([]int32, p.sqEntries)
+	u.jobs, u.sizes = make([]FileIO, p.sqEntries), make([]int32, p.sqEntries)
 	for i := range p.sqEntries {
 		u.free = append(u.free, int32(i))
 	}
@@ -128,9 +130,9 @@ func newUring(e *Epoll) (_ *uring, err error) {
 	return u, err
 }
 
-// read queues a read; false if it is none for the ring.
-func (u *uring) read(j FileRead) bool {
-	fd, b, off := j.FileRead()
+// start queues a job; false if it is none for the ring.
+func (u *uring) start(j FileIO) bool {
+	fd, write, b, off := j.FileIO()
 	if fd < 0 || len(b) == 0 || len(u.free) == 0 || u.closed {
 		return false
 	}
@@ -141,8 +143,12 @@ func (u *uring) read(j FileRead) bool {
 	// Never more queued than slots, and there are as many of those as entries, so there is room.
 	tail := *u.sqTail
 	i := tail & u.sqMask
+	op := uint8(uringOpRead)
+	if write {
+		op = uringOpWrite
+	}
 	u.entries[i] = uringSQE{
-		opcode: uringOpRead, fd: int32(fd), off: uint64(off), addr: uint64(uintptr(unsafe.Pointer(&b[0]))), len: uint32(len(b)), userData: uint64(slot),
+		opcode: op, fd: int32(fd), off: uint64(off), addr: uint64(uintptr(unsafe.Pointer(&b[0]))), len: uint32(len(b)), userData: uint64(slot),
 	}
 	u.sqArray[i] = i
 	atomic.StoreUint32(u.sqTail, tail+1)
@@ -178,7 +184,7 @@ func (u *uring) submit() {
 // Ready implements FD.
 func (u *uring) Ready(uint32) { u.collect() }
 
-// collect finishes the reads that are done.
+// collect finishes the jobs that are done.
 func (u *uring) collect() {
 	if u.harvest { // a Done may queue the next read
 		return
@@ -194,18 +200,36 @@ func (u *uring) collect() {
 		u.flying--
 		switch {
 		case u.closed:
-		case whole:
-			j.Done()
-		default:
+		case !whole:
 			u.e.pool.run(j) // an error, or the end of the file: the ordinary way will tell
+		case u.settling:
+			u.e.Post(j.Done)
+		default:
+			j.Done()
 		}
 	}
 	u.harvest = false
 }
 
-// close waits for the reads under way, as they write to memory of ours, and gives the ring back.
+// close waits for the jobs under way, as they use memory of ours, and gives the ring back.
 func (u *uring) close() {
 	u.closed = true
+	u.wait()
+	u.reg.Close()
+	u.unmap()
+}
+
+// settle waits for the jobs under way; their Done is called later.
+func (u *uring) settle() {
+	u.settling = true
+	u.wait()
+	u.settling = false
+}
+
+func (u *uring) wait() {
+	harvest := u.harvest // a Done may be what made us wait
+	u.harvest = false
+	defer func() { u.harvest = harvest }()
 	for u.flying > 0 {
 		n, _, errno := unix.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(u.reg.fd), uintptr(u.queued), 1, uringEnterGet, 0, 0)
 		if errno == 0 {
@@ -215,8 +239,6 @@ func (u *uring) close() {
 		}
 		u.collect()
 	}
-	u.reg.Close()
-	u.unmap()
 }
 
 func (u *uring) unmap() {

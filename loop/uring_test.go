@@ -23,9 +23,9 @@ type preadJob struct {
 	done   func(*preadJob)
 }
 
-func (j *preadJob) FileRead() (int, []byte, int64) { return int(j.f.Fd()), j.b, j.off }
-func (j *preadJob) Work()                          { j.worked = true; j.n, j.err = j.f.ReadAt(j.b, j.off) }
-func (j *preadJob) Done()                          { j.done(j) }
+func (j *preadJob) FileIO() (int, bool, []byte, int64) { return int(j.f.Fd()), false, j.b, j.off }
+func (j *preadJob) Work()                              { j.worked = true; j.n, j.err = j.f.ReadAt(j.b, j.off) }
+func (j *preadJob) Done()                              { j.done(j) }
 
 // Reads by the kernel and by helpers, more at a time than the ring takes, of a file that is not in memory: each gets its own bytes, and those
 // that meet the end of the file say so.

@@ -35,6 +35,8 @@ type Options struct {
 	Slots       int // of the ring; 0: 512
 	// SlotsPerFile is how many blocks of a store share a file; 0: 16.
 	SlotsPerFile int
+	// BulkBytes is that of the stores.
+	BulkBytes int
 	Repair       bool         // peers repair their copies
 	Log          *slog.Logger // nil: none
 }
@@ -220,7 +222,7 @@ func (p *Peer) start() error {
 	}
 	var err error
 	p.Store, err = storage.Open(storage.Config{
-		Loop: p.Loop, FS: disk, SizeBytes: c.opt.PeerBytes, SlotsPerFile: slots, Log: log, Identity: p.identity(),
+		Loop: p.Loop, FS: disk, SizeBytes: c.opt.PeerBytes, SlotsPerFile: slots, BulkBytes: c.opt.BulkBytes, Log: log, Identity: p.identity(),
 	})
 	if err != nil {
 		return err

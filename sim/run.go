@@ -56,7 +56,7 @@ type profile struct {
 	peers, replication, volumes int
 	pages                       uint64
 	blockSize                   uint64
-	slotsPerFile                int
+	slotsPerFile, bulkBytes     int
 	checkpoints                 time.Duration // at the latest, after that
 	steps                       int
 	harmEvery, moveEvery        int // steps
@@ -129,8 +129,9 @@ func Play(seed uint64, log *slog.Logger) (r *Run, err error) {
 	rng := rand.New(rand.NewPCG(seed, 2))
 	p := draw(rng)
 	drawPast(rand.New(rand.NewPCG(seed, 3)), &p)
+	p.bulkBytes = []int{0, 1, 8 << 10, 24 << 10}[rand.New(rand.NewPCG(seed, 4)).IntN(4)]
 	c, err := New(seed, Options{
-		Peers: p.peers, Replication: p.replication, BlockSize: p.blockSize, PeerBytes: 768 * p.blockSize, Slots: 32, SlotsPerFile: p.slotsPerFile, Repair: p.repair, Log: log,
+		Peers: p.peers, Replication: p.replication, BlockSize: p.blockSize, PeerBytes: 768 * p.blockSize, Slots: 32, SlotsPerFile: p.slotsPerFile, BulkBytes: p.bulkBytes, Repair: p.repair, Log: log,
 	})
 	if err != nil {
 		return nil, err

@@ -32,7 +32,7 @@ func checkAppend(r *torus.Request, blockSize uint64, h *record.Header) (flushed 
 	return flushed, nil
 }
 
-// append verifies and writes, inline: to the page cache. False if there is no slot yet.
+// append verifies and writes: to the page cache, inline, or, if it is much, past it. False if there is no slot yet.
 func (d *Disk) append(r *torus.Request) bool {
 	s, found := d.index.find(keyOf(r.Ref))
 	var length uint32
@@ -45,6 +45,9 @@ func (d *Disk) append(r *torus.Request) bool {
 			err = torus.ErrSealed
 		case d.opens[x.open].failed || d.opens[x.open].unread:
 			err = fmt.Errorf("append to %v, of which bytes were lost: %w", r.Ref, torus.ErrIO)
+		case d.opens[x.open].suspect && uint64(r.Off)+uint64(len(r.Data)) > uint64(length):
+			// What comes to end where one of those records begins would bring it back.
+			err = fmt.Errorf("append to %v, behind which there are records that were never durable: %w", r.Ref, torus.ErrIO)
 		}
 	}
 	switch {
@@ -69,7 +72,7 @@ func (d *Disk) append(r *torus.Request) bool {
 		again := data[:min(len(data), int(length-r.Off))]
 		same, err := d.holds(s, r.Off, again)
 		switch {
-		case err == vfs.ErrWouldBlock && len(again) == len(data):
+		case err == vfs.ErrWouldBlock && len(again) == len(data) && !d.flying(s):
 			d.offloadRead(r, s)
 			return true
 		case err == vfs.ErrWouldBlock:
@@ -101,7 +104,11 @@ func (d *Disk) append(r *torus.Request) bool {
 		}
 	}
 	f, place := d.place(s)
-	if _, err = f.f.WriteAt(data, place+int64(length)); err == nil && !found {
+	flies := len(data) >= d.bulk || found && d.flying(s)
+	if !flies {
+		_, err = f.f.WriteAt(data, place+int64(length))
+	}
+	if err == nil && !found {
 		d.slots[s].key, d.slots[s].state = keyOf(r.Ref), open
 		err = d.writeEntry(s)
 	}
@@ -124,6 +131,9 @@ func (d *Disk) append(r *torus.Request) bool {
 		d.newOpen(s)
 		d.index.insert(s)
 	}
+	if flies {
+		d.takeOff(r, s, data)
+	}
 	x := &d.slots[s]
 	o := &d.opens[x.open]
 	x.length += uint32(len(data))
@@ -132,8 +142,11 @@ func (d *Disk) append(r *torus.Request) bool {
 		o.dirty = true
 		f.sync.dirty = append(f.sync.dirty, s)
 	}
-	f.sync.wrote(place+int64(length), len(data))
+	f.sync.bytes += len(data)
 	d.appended += uint64(len(data))
+	if flies {
+		return true
+	}
 	d.metrics.writes.Inc()
 	r.Length = x.length
 	r.Finish(nil)
@@ -146,31 +159,21 @@ func errDiffers(r *torus.Request) error {
 
 // holds reports whether b is what the block holds at off; vfs.ErrWouldBlock if that is not in memory.
 func (d *Disk) holds(s uint32, off uint32, b []byte) (bool, error) {
-	f, place := d.place(s)
+	return d.compare(s, off, b, d.files[d.slots[s].file].f.ReadAtCached)
+}
+
+func (d *Disk) holdsSlowly(s uint32, off uint32, b []byte) (bool, error) {
+	return d.compare(s, off, b, d.files[d.slots[s].file].f.ReadAt)
+}
+
+func (d *Disk) compare(s uint32, off uint32, b []byte, readAt func(b []byte, off int64) (int, error)) (bool, error) {
 	have := buf.Get(len(b))
 	defer have.Release()
-	_, err := f.f.ReadAtCached(have.Bytes()[:len(b)], place+int64(off))
-	if err != nil {
+	if err := d.readWith(s, have.Bytes()[:len(b)], off, readAt); err != nil {
 		if errors.Is(err, vfs.ErrWouldBlock) {
 			return false, vfs.ErrWouldBlock
 		}
 		return false, ioError("read", d.slots[s].key.ref(), err)
 	}
 	return bytes.Equal(have.Bytes()[:len(b)], b), nil
-}
-
-func (d *Disk) holdsSlowly(s uint32, off uint32, b []byte) (bool, error) {
-	f, place := d.place(s)
-	same, err := compare(f.f, place+int64(off), b)
-	if err != nil {
-		err = ioError("read", d.slots[s].key.ref(), err)
-	}
-	return same, err
-}
-
-func compare(f vfs.File, off int64, b []byte) (bool, error) {
-	have := buf.Get(len(b))
-	defer have.Release()
-	_, err := f.ReadAt(have.Bytes()[:len(b)], off)
-	return err == nil && bytes.Equal(have.Bytes()[:len(b)], b), err
 }

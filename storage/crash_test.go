@@ -36,6 +36,7 @@ type truth struct {
 	put      int    // -1, or the length of a Put under way
 	deleting bool   // a delete was asked for
 	deleted  bool   // … and acknowledged
+	suspect  bool   // the last crash left records behind the end: nothing can be appended
 	there    bool   // the last crash left it, perhaps without a whole record: such a block is kept, since its bytes may be readable
 }
 
@@ -114,7 +115,9 @@ func (w *world) open() error {
 		}
 	}
 	var err error
-	w.store, err = storage.Open(crashConfig(w.loop, w.fs))
+	cfg := crashConfig(w.loop, w.fs)
+	cfg.BulkBytes = []int{0, 1, 2 * torus.PageSize, 3 * torus.PageSize}[w.rng.IntN(4)] // none, all, or some appends fly
+	w.store, err = storage.Open(cfg)
 	return err
 }
 
@@ -133,6 +136,8 @@ func (w *world) submit(r *torus.Request, ok func()) {
 			// overtaken by a delete
 		} else if b := w.blocks[r.Ref]; r.Op == torus.OpAppend && (errors.Is(r.Err, torus.ErrOutOfSpace) || errors.Is(r.Err, torus.ErrGap)) && int(r.Off) >= b.held {
 			b.data = b.data[:min(len(b.data), int(r.Off))] // it was not to be, and neither is what was sent after it
+		} else if (r.Op == torus.OpRead || r.Op == torus.OpSync) && errors.Is(r.Err, torus.ErrGap) && w.blocks[r.Ref].held < max(len(r.Data), int(r.Len)) {
+			// of what had not been acknowledged
 		} else if !w.faults && !errors.Is(r.Err, torus.ErrClosed) {
 			panic(fmt.Sprintf("%v of %v at %d, %d: %v", r.Op, r.Ref, r.Off, r.Len, r.Err))
 		}
@@ -156,7 +161,7 @@ func (w *world) step() {
 	}
 	switch k := w.rng.IntN(22); {
 	case k < 9: // append
-		if b.seal >= 0 || b.held < len(b.data) && w.faults {
+		if b.seal >= 0 || b.suspect || b.held < len(b.data) && w.faults {
 			return
 		}
 		off := len(b.data)
@@ -167,10 +172,7 @@ func (w *world) step() {
 		b.data = append(b.data, data...)
 		w.submit(&torus.Request{Op: torus.OpAppend, Ref: ref, Off: uint32(off), Data: data, Reserve: w.rng.IntN(2) == 0}, func() { b.held = max(b.held, off+len(data)) })
 	case k < 15:
-		n := b.held
-		if b.seal >= 0 {
-			n = min(n, b.seal)
-		}
+		n := b.known(w.rng)
 		if n > 0 {
 			w.submit(&torus.Request{Op: torus.OpSync, Ref: ref, Len: uint32(n)}, func() { b.synced = max(b.synced, n) })
 		}
@@ -191,11 +193,8 @@ func (w *world) step() {
 		w.submit(&torus.Request{Op: torus.OpDelete, Ref: ref}, func() { b.deleted = true })
 	case k < 20:
 		w.putBlock(ref, b)
-	case b.held > 0:
-		n := b.held
-		if b.seal >= 0 {
-			n = min(n, b.seal)
-		}
+	case len(b.data) > 0:
+		n := b.known(w.rng)
 		r := &torus.Request{Op: torus.OpRead, Ref: ref, Data: make([]byte, n)}
 		want := slices.Clone(b.data[:n])
 		w.submit(r, func() {
@@ -204,6 +203,17 @@ func (w *world) step() {
 			}
 		})
 	}
+}
+
+// known is how much of a block to ask for: what was acknowledged, or, as long as it is not sealed, all that was sent.
+func (b *truth) known(rng *rand.Rand) int {
+	switch {
+	case b.seal >= 0:
+		return min(b.held, b.seal)
+	case rng.IntN(2) == 0:
+		return len(b.data)
+	}
+	return b.held
 }
 
 // putBlock puts another copy of a block in its place, or a new block.
@@ -490,7 +500,7 @@ func TestCrashAgainAndAgain(t *testing.T) {
 					continue
 				}
 				n := int(x.Length)
-				*b = truth{data: b.data[:n], held: n, synced: n, seal: -1, put: -1, there: true}
+				*b = truth{data: b.data[:n], held: n, synced: n, seal: -1, put: -1, suspect: x.Suspect && !x.Sealed, there: true}
 				if x.Sealed {
 					b.seal, b.sealed = n, true
 				}

@@ -28,6 +28,8 @@ type Config struct {
 
 	// SlotsPerFile is how many blocks share a file, DefaultSlotsPerFile if 0. It may change from one Open to the next.
 	SlotsPerFile int
+	// BulkBytes: an append of so many bytes is written past the page cache, 256 KiB if 0.
+	BulkBytes int
 	// ReserveBytes is what the store leaves free of the file system. 0: 1/64 of it, 1 GiB at most.
 	ReserveBytes uint64
 }
@@ -72,6 +74,8 @@ type Disk struct {
 	grow      grower
 	writer    prewriter
 	puts      map[key]*putting // under way
+	bulk      int              // bytes of an append that goes past the page cache
+	flights   []*flight        // in the order in which they took off
 	damaged   func(torus.BlockRef)
 	parked    []*torus.Request // wait for a slot that is in the making, and all that came after them
 	unparking bool
@@ -105,6 +109,7 @@ type openBlock struct {
 	durable uint32 // bytes
 	flying  uint32 // bytes covered by the fdatasync that runs
 	flushed uint64 // highest Flushed of its records
+	flights int    // appends that are in the air
 	dirty   bool   // in its file's list of dirty slots, with bytes
 	failed  bool   // bytes were lost by a failed write or fdatasync; length is what was durable
 	suspect bool   // records behind the length were found: the slot is kept, and they can be read by who knows their checksums
@@ -475,10 +480,13 @@ func (d *Disk) Close() error {
 	d.io.Lock()
 	d.gone = true
 	d.io.Unlock()
+	if l, ok := d.loop.(interface{ Settle() }); ok {
+		l.Settle()
+	}
 	d.writer.timer.Stop()
 	d.grow.timer.Stop()
 
-	var errs []error
+	errs := []error{d.landAll()}
 	parked := d.parked
 	d.parked = nil
 	for _, f := range d.files {

@@ -51,6 +51,9 @@ func (cfg *Config) check() (limit, perFile uint32, err error) {
 	if cfg.SlotsPerFile == 0 {
 		cfg.SlotsPerFile = DefaultSlotsPerFile
 	}
+	if cfg.BulkBytes == 0 {
+		cfg.BulkBytes = bulkBytes
+	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
@@ -81,7 +84,7 @@ func openDisk(cfg Config) (_ *Disk, err error) {
 		return nil, err
 	}
 	d := &Disk{
-		loop: cfg.Loop, fs: cfg.FS, id: id, log: cfg.Log, perFile: perFile, limit: limit, kept: keptSlots(limit), unlock: unlock, reserve: cfg.ReserveBytes,
+		loop: cfg.Loop, fs: cfg.FS, id: id, log: cfg.Log, perFile: perFile, limit: limit, kept: keptSlots(limit), unlock: unlock, reserve: cfg.ReserveBytes, bulk: cfg.BulkBytes,
 		page: make([]byte, torus.PageSize), puts: map[key]*putting{},
 	}
 	d.index.slots = &d.slots

@@ -23,6 +23,8 @@ type putting struct {
 	r       *torus.Request
 	key     key
 	slot    uint32
+	f       vfs.File
+	place   int64 // of the slot, in f
 	flushed uint64
 	step    putStep
 	deleted bool // a Delete came before it
@@ -70,7 +72,8 @@ func (d *Disk) put(r *torus.Request) bool {
 		return true
 	}
 	d.slots[s].state = filling
-	p := &putting{d: d, r: r, key: keyOf(r.Ref), slot: s}
+	f, place := d.place(s)
+	p := &putting{d: d, r: r, key: keyOf(r.Ref), slot: s, f: f.f, place: place}
 	d.puts[p.key] = p
 	d.loop.Offload(p)
 	return true
@@ -131,10 +134,9 @@ func (p *putting) Work() {
 
 // write goes in pieces, as others wait for the file meanwhile.
 func (p *putting) write() error {
-	f, place := p.d.place(p.slot)
 	for at, data := 0, p.r.Data; at < len(data); at += prewriteWrite {
 		piece := data[at:min(at+prewriteWrite, len(data))]
-		if _, err := f.f.WriteAt(piece, place+int64(at)); err != nil {
+		if _, err := p.f.WriteAt(piece, p.place+int64(at)); err != nil {
 			return fmt.Errorf("%w: %w", errPutWrite, err)
 		}
 	}

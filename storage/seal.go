@@ -50,9 +50,8 @@ func (d *Disk) seal(r *torus.Request) {
 // boundary verifies that a record begins at off, within the block.
 func (d *Disk) boundary(s uint32, off uint32) error {
 	x := &d.slots[s]
-	f, place := d.place(s)
 	if off%torus.PageSize == 0 {
-		if _, err := f.f.ReadAt(d.page, place+int64(off)); err != nil {
+		if err := d.readWith(s, d.page, off, d.files[x.file].f.ReadAt); err != nil {
 			return ioError("seal", x.key.ref(), err)
 		}
 		if d.hdr.Decode(d.page) == nil && d.hdr.Ref == x.key.ref() && d.hdr.Offset == off {

@@ -14,45 +14,15 @@ type group struct {
 	dirty   []uint32         // slots with bytes or an entry written since the last fdatasync began
 	flying  []uint32         // those covered by the one that runs
 	bytes   int              // written since the last one began
-	bulk    []extent         // of these, what came in large pieces
-	done    []extent         // such as the one that runs covers
 	waiting []*torus.Request // for the next one
 	served  []*torus.Request // by the one that runs
+	aloft   int              // flights since the last one began
+	covered int              // flights that the one that runs waits for
+	little  bool             // was written since the one before
 	running bool
 	planned bool   // one begins at the end of this turn
 	start   func() // made once
 	err     error  // of the one a helper made
-}
-
-// extent is a part of a file.
-type extent struct{ off, n int64 }
-
-// bulkBytes: what is appended in pieces of so many bytes leaves the page cache as soon as it is durable. It is written once, in order, and seldom read
-// soon; in the cache it takes the place of what is read often, and where memory comes from a host new pages can cost more than the copying (docs/performance.md). Reads in such pieces go past the cache as well.
-const bulkBytes = 256 << 10
-
-// wrote notes an append.
-func (g *group) wrote(off int64, n int) {
-	g.bytes += n
-	if n < bulkBytes {
-		return
-	}
-	if k := len(g.bulk) - 1; k >= 0 && g.bulk[k].off+g.bulk[k].n == off {
-		g.bulk[k].n += int64(n)
-	} else {
-		g.bulk = append(g.bulk, extent{off, int64(n)})
-	}
-}
-
-// datasync makes what was written durable.
-func (f *file) datasync() error {
-	if err := f.f.Datasync(); err != nil {
-		return err
-	}
-	for _, x := range f.sync.done {
-		_ = f.f.DropCache(x.off, x.n) // it costs memory, nothing else
-	}
-	return nil
 }
 
 // An fdatasync is made on the loop itself, which saves two thread switches, if it can be expected to be over before
@@ -126,22 +96,39 @@ func (f *file) begin() {
 			o.flying, o.dirty = x.length, false
 		}
 	}
-	little := g.bytes <= inlineBytes
+	g.little = g.bytes <= inlineBytes
 	g.bytes = 0
-	g.bulk, g.done = g.done[:0], g.bulk
 	d.metrics.flushes.Inc()
-	if little && d.syncTime > 0 && d.syncTime <= inlineTime && !d.writer.in(f) {
-		f.finish(f.datasync())
+	if g.covered, g.aloft = g.aloft, 0; g.covered > 0 {
+		for _, fl := range d.flights {
+			if fl.f == f && !fl.landed {
+				fl.covered = true
+			}
+		}
 		return
 	}
-	d.loop.Offload(f)
+	f.issue()
+}
+
+// issue is begin, when all that the fdatasync covers has been written.
+func (f *file) issue() {
+	d := f.d
+	switch {
+	case f.err != nil:
+		f.sync.running = false
+	case d.closed: // Close sees to it
+	case f.sync.little && d.syncTime > 0 && d.syncTime <= inlineTime && !d.writer.in(f):
+		f.finish(f.f.Datasync())
+	default:
+		d.loop.Offload(f)
+	}
 }
 
 // Work implements loop.Job.
 func (f *file) Work() {
 	f.sync.err = torus.ErrClosed
 	if f.d.enter() {
-		f.sync.err = f.datasync()
+		f.sync.err = f.f.Datasync()
 		f.d.leave()
 	}
 }

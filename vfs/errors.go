@@ -168,6 +168,13 @@ func (f *errorFile) WriteAt(b []byte, off int64) (int, error) {
 	return f.File.WriteAt(b, off)
 }
 
+func (f *errorFile) WriteThrough(b []byte, off int64) (int, error) {
+	if err := f.fault(OpWrite, off, int64(len(b))); err != nil {
+		return 0, err
+	}
+	return f.File.WriteThrough(b, off)
+}
+
 func (f *errorFile) Datasync() error {
 	if err := f.fault(OpDatasync, 0, 0); err != nil {
 		f.failSync()

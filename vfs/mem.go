@@ -798,6 +798,9 @@ func allZero(b []byte) bool {
 	return true
 }
 
+// WriteThrough implements File.
+func (f *memFile) WriteThrough(b []byte, off int64) (int, error) { return f.WriteAt(b, off) }
+
 func (f *memFile) Datasync() error {
 	if err := f.enter("fdatasync"); err != nil {
 		return err

@@ -142,19 +142,17 @@ type osFile struct {
 	directFD   int
 }
 
-// directBytes is the least that is worth reading past the page cache: what is read in such pieces is read once, and copying
+// directBytes is the least that is worth moving past the page cache: what is read or written in such pieces is so once, and copying
 // it twice and evicting other things for it costs more than the disk does.
 const directBytes = 256 << 10
 
 // ReadAt reads large aligned pieces from the disk right into b. The kernel writes out first what of them is dirty in memory.
 func (f *osFile) ReadAt(b []byte, off int64) (int, error) {
-	if len(b) >= directBytes && (uintptr(unsafe.Pointer(&b[0]))|uintptr(off)|uintptr(len(b)))%directAlign == 0 {
-		if d := f.direct(); d != nil {
-			if n, err := d.ReadAt(b, off); err == nil {
-				return n, nil
-			}
-			// Else let the ordinary way say what is wrong.
+	if d := f.directFor(b, off); d != nil {
+		if n, err := d.ReadAt(b, off); err == nil {
+			return n, nil
 		}
+		// Else let the ordinary way say what is wrong.
 	}
 	return f.f.ReadAt(b, off)
 }
@@ -171,9 +169,17 @@ func (f *osFile) Descriptor(off int64, n int) int {
 
 const directAlign = 4096
 
+// directFor is what to read b from, or write it to, past the page cache; nil if it is not worth it, or cannot be.
+func (f *osFile) directFor(b []byte, off int64) *os.File {
+	if len(b) < directBytes || (uintptr(unsafe.Pointer(&b[0]))|uintptr(off)|uintptr(len(b)))%directAlign != 0 {
+		return nil
+	}
+	return f.direct()
+}
+
 func (f *osFile) direct() *os.File {
 	f.directOnce.Do(func() {
-		if d, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", f.fd), os.O_RDONLY|unix.O_DIRECT, 0); err == nil {
+		if d, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", f.fd), os.O_RDWR|unix.O_DIRECT, 0); err == nil {
 			f.directFile, f.directFD = d, int(d.Fd())
 		}
 	})
@@ -216,6 +222,17 @@ func (f *osFile) cached(off int64, n int) bool {
 func (f *osFile) WriteAt(b []byte, off int64) (int, error) {
 	n, err := f.f.WriteAt(b, off)
 	return n, noSpace(err)
+}
+
+// WriteThrough implements File. What the page cache has of the range is written out and dropped by the kernel.
+func (f *osFile) WriteThrough(b []byte, off int64) (int, error) {
+	if d := f.directFor(b, off); d != nil {
+		if n, err := d.WriteAt(b, off); err == nil {
+			return n, nil
+		}
+		// Else let the ordinary way say what is wrong.
+	}
+	return f.WriteAt(b, off)
 }
 
 func (f *osFile) Datasync() error {

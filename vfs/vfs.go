@@ -46,6 +46,9 @@ type File interface {
 	ReadAtCached(b []byte, off int64) (int, error)
 	// WriteAt is that of io.WriterAt; ErrNoSpace when the file system is full. Not durable before Datasync.
 	WriteAt(b []byte, off int64) (int, error)
+	// WriteThrough is WriteAt for what is large and page-aligned, in memory as in the file: past the page cache, if that can be, so that it waits for
+	// the medium. It is no more durable than WriteAt.
+	WriteThrough(b []byte, off int64) (int, error)
 	// Datasync makes everything written so far durable. After it has failed once, nothing may be assumed about any
 	// byte written since the last success, whatever later calls say.
 	Datasync() error

@@ -76,6 +76,14 @@ var mutants = []Mutant{
 
 	// Storage.
 	{
+		Name: "sync-before-landing", Rule: "an fdatasync does not wait for the large appends that it covers", File: "storage/sync.go",
+		Edits: []Edit{{"	if g.covered, g.aloft = g.aloft, 0; g.covered > 0 {", "	if g.aloft = 0; g.covered > 0 {"}},
+	},
+	{
+		Name: "ack-in-the-air", Rule: "a small append is acknowledged before a large one in front of it is written", File: "storage/append.go",
+		Edits: []Edit{{"	flies := len(data) >= d.bulk || found && d.flying(s)\n", "	flies := len(data) >= d.bulk\n"}},
+	},
+	{
 		Name: "crc-unchecked", Rule: "a read's checksums are not checked", File: "file/read.go",
 		Edits: []Edit{{"		if record.Checksum(x.contents(rd.Data, p))&0xffffff != p.e.crc() {\n			return false", "		if len(x.contents(rd.Data, p)) == 0 {\n			return false"}},
 	},

@@ -86,6 +86,15 @@ func (d *dialing) next() {
 	if n := len(d.left); n > 0 {
 		d.try = l.After((d.until-l.Now())/time.Duration(n+1), func() { d.failed(unix.ETIMEDOUT) })
 	}
+	if fd := dialShort(sa); fd >= 0 {
+		tuneShort(fd)
+		var err error
+		if d.reg, err = l.Add(fd, unix.EPOLLOUT, d); err != nil {
+			unix.Close(fd)
+			d.failed(err)
+		}
+		return
+	}
 	fd, err := socket(family(sa))
 	if err != nil {
 		d.failed(err)
@@ -119,7 +128,7 @@ func (d *dialing) Ready(uint32) {
 		d.failed(unix.Errno(errno))
 		return
 	}
-	if d.addr.path == "" && toItself(fd) {
+	if toItself(fd) {
 		d.failed(unix.ECONNREFUSED)
 		return
 	}
@@ -179,5 +188,5 @@ func (d *dialing) abort() {
 func toItself(fd int) bool {
 	local, err1 := unix.Getsockname(fd)
 	remote, err2 := unix.Getpeername(fd)
-	return err1 == nil && err2 == nil && format(local) == format(remote)
+	return err1 == nil && err2 == nil && family(local) != unix.AF_UNIX && format(local) == format(remote)
 }

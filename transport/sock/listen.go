@@ -28,6 +28,9 @@ type listener struct {
 	inode  uint64 // of that path: it is removed only if it is still ours
 	accept func(s transport.Stream) transport.Handler
 	resume *loop.Timer
+
+	short   *listener // for those on this machine; nil: there is none
+	isShort bool
 }
 
 // Listen implements transport.Network. A host name is looked up at once, which may block; a unix socket that
@@ -66,6 +69,15 @@ func (n *Network) Listen(l loop.Loop, addr string, accept func(s transport.Strea
 	if ln.reg, err = sh.loop.Add(fd, unix.EPOLLIN, ln); err != nil {
 		unix.Close(fd)
 		return nil, fmt.Errorf("listen on %s: %w", addr, err)
+	}
+	if a.path == "" {
+		if fd := listenShort(sa); fd >= 0 {
+			ln.short = &listener{sh: sh, accept: accept, addr: ln.addr, isShort: true}
+			if ln.short.reg, err = sh.loop.Add(fd, unix.EPOLLIN, ln.short); err != nil {
+				unix.Close(fd)
+				ln.short = nil
+			}
+		}
 	}
 	return ln, nil
 }
@@ -173,7 +185,10 @@ func (ln *listener) Ready(uint32) {
 
 func (ln *listener) accepted(fd int, sa unix.Sockaddr) {
 	s := &stream{remote: ln.addr}
-	if ln.path == "" {
+	switch {
+	case ln.isShort:
+		tuneShort(fd)
+	case ln.path == "":
 		s.remote = format(sa)
 		tune(fd, sa)
 	}
@@ -200,6 +215,9 @@ func (ln *listener) Addr() string { return ln.addr }
 func (ln *listener) Close() error {
 	if ln.reg == nil {
 		return nil
+	}
+	if ln.short != nil {
+		_ = ln.short.Close()
 	}
 	ln.resume.Stop()
 	if ln.path != "" {

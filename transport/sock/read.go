@@ -14,6 +14,8 @@ const (
 	readsPerTurn = 16
 	// Longer transfers are announced to the Go scheduler, as they hold the thread for a while.
 	longTransfer = 64 << 10
+	// Behind a long transfer no more is read than this.
+	shortInput = 4 << 10
 )
 
 // ReadInto implements transport.Stream.
@@ -114,6 +116,9 @@ func (s *stream) read() {
 // readv reads into what is left of dst, and what comes behind it into the input buffer.
 func (s *stream) readv() (n, asked int, errno unix.Errno) {
 	in := s.in.Bytes()[s.w:]
+	if len(s.dst) >= longTransfer { // the next is likely to be as long, and what comes here has to be copied once more
+		in = in[:min(len(in), shortInput)]
+	}
 	asked = len(s.dst) + len(in)
 	iovecs := s.sh.iovecs[:0]
 	if len(s.dst) > 0 {

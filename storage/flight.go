@@ -1,0 +1,170 @@
+package storage
+
+import (
+	"errors"
+	"slices"
+
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/loop"
+)
+
+// bulkBytes: what is appended in pieces of so many bytes goes past the page cache, where the file system lets it. It is written once, in
+// order, and seldom read soon; copying it into the cache, and having the kernel write it out from there, costs more than all the rest of an append (docs/performance.md).
+// Reads in such pieces go past the cache as well.
+const bulkBytes = 256 << 10
+
+// flight is an Append that the kernel or a helper writes, as that waits for the disk. For everybody but the one who sent it, it is done when it takes off:
+// the block has its new length, and what is in the air is read from the request's own memory. The reply waits for it, and for those of the
+// same block that took off before, so that the end of the process takes nothing that was acknowledged. An fdatasync begins only when what it covers has landed.
+type flight struct {
+	d       *Disk
+	r       *torus.Request
+	f       *file
+	slot    uint32
+	place   int64  // in the file
+	off     uint32 // in the block
+	data    []byte // the part of r.Data that is new
+	covered bool   // by the fdatasync that is about to begin
+	landed  bool
+	err     error // of the helper
+}
+
+var _ loop.FileIO = (*flight)(nil)
+
+// takeOff has data, the last part of r.Data, written to the end of a block.
+func (d *Disk) takeOff(r *torus.Request, s uint32, data []byte) {
+	x := &d.slots[s]
+	f, place := d.place(s)
+	fl := &flight{d: d, r: r, f: f, slot: s, place: place + int64(x.length), off: x.length, data: data}
+	x.pins++
+	d.opens[x.open].flights++
+	fl.f.sync.aloft++
+	d.flights = append(d.flights, fl)
+	d.loop.Offload(fl)
+}
+
+// write is on a helper, but in Close.
+func (fl *flight) write() error {
+	_, err := fl.f.f.WriteThrough(fl.data, fl.place)
+	return err
+}
+
+// FileIO implements loop.FileIO.
+func (fl *flight) FileIO() (fd int, write bool, b []byte, off int64) {
+	return fl.f.f.Descriptor(fl.place, len(fl.data)), true, fl.data, fl.place
+}
+
+// Work implements loop.Job.
+func (fl *flight) Work() {
+	if !fl.d.enter() {
+		return // Close has written it
+	}
+	defer fl.d.leave()
+	fl.err = fl.write()
+}
+
+// Done implements loop.Job.
+func (fl *flight) Done() {
+	if !fl.landed { // else Close has answered
+		fl.land(fl.err)
+	}
+}
+
+// land is called when the bytes are written, or cannot be.
+func (fl *flight) land(err error) {
+	d, f := fl.d, fl.f
+	fl.landed = true
+	if err != nil {
+		// Its block may have been read or continued meanwhile, so that there is no way back, even if it is only space that is missing.
+		d.fail(f, err)
+	}
+	g := &f.sync
+	if fl.covered {
+		g.covered--
+	} else {
+		g.aloft--
+	}
+	d.arrive(fl.slot)
+	d.unpin(fl.slot)
+	if fl.covered && g.covered == 0 {
+		f.issue()
+	}
+}
+
+// arrive answers the flights of a slot that have landed, as far as none that took off earlier is still in the air.
+func (d *Disk) arrive(s uint32) {
+	for {
+		i := slices.IndexFunc(d.flights, func(fl *flight) bool { return fl.slot == s })
+		if i < 0 || !d.flights[i].landed {
+			return
+		}
+		fl := d.flights[i]
+		d.flights = slices.Delete(d.flights, i, i+1)
+		x := &d.slots[s]
+		if x.open >= 0 {
+			d.opens[x.open].flights--
+		}
+		end := fl.off + uint32(len(fl.data))
+		switch {
+		case fl.f.err != nil:
+			d.refuse(fl.r, fl.f.err)
+		case x.open < 0 || x.state == freeing || end > x.length: // deleted or cut off meanwhile
+			d.refuse(fl.r, torus.ErrSealed)
+		default:
+			d.metrics.writes.Inc()
+			fl.r.Length = end
+			fl.r.Finish(nil)
+		}
+	}
+}
+
+// flying reports whether something of a block is in the air.
+func (d *Disk) flying(s uint32) bool {
+	o := d.slots[s].open
+	return o >= 0 && d.opens[o].flights > 0
+}
+
+// aloft returns what of a block is in the air, from the first byte of it on: all of it up to the block's length, in order.
+func (d *Disk) aloft(s uint32) (first uint32, ok bool) {
+	if !d.flying(s) {
+		return 0, false
+	}
+	i := slices.IndexFunc(d.flights, func(fl *flight) bool { return fl.slot == s })
+	return d.flights[i].off, true
+}
+
+// readWith fills b from off in a block: what is in the air from memory, the rest by means of readAt.
+func (d *Disk) readWith(s uint32, b []byte, off uint32, readAt func(b []byte, off int64) (int, error)) error {
+	if first, ok := d.aloft(s); ok && uint64(off)+uint64(len(b)) > uint64(first) {
+		for _, fl := range d.flights {
+			if fl.slot != s || fl.off+uint32(len(fl.data)) <= off || uint64(fl.off) >= uint64(off)+uint64(len(b)) {
+				continue
+			}
+			if fl.off >= off {
+				copy(b[fl.off-off:], fl.data)
+			} else {
+				copy(b, fl.data[off-fl.off:])
+			}
+		}
+		if first <= off {
+			return nil
+		}
+		b = b[:first-off]
+	}
+	_, place := d.place(s)
+	_, err := readAt(b, place+int64(off))
+	return err
+}
+
+// landAll is Close's way to end what is in the air: it is written here, once more if a helper has done so already.
+func (d *Disk) landAll() error {
+	var errs []error
+	for _, fl := range slices.Clone(d.flights) {
+		if !fl.landed {
+			err := fl.write()
+			errs = append(errs, err)
+			fl.land(err)
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,221 @@
+package storage_test
+
+import (
+	"bytes"
+	"errors"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/loop"
+	"github.com/coreos/torus/storage"
+	"github.com/coreos/torus/storage/storetest"
+	"github.com/coreos/torus/vfs"
+)
+
+// airport is a store whose large appends are written when the test says so.
+type airport struct {
+	t     *testing.T
+	sim   *loop.Virtual
+	l     *loop.VirtualLoop
+	d     *storage.Disk
+	mem   *vfs.Mem
+	fail  error // of the next write
+	bulks int
+}
+
+func newAirport(t *testing.T) *airport {
+	a := &airport{t: t, sim: loop.NewVirtual(1), mem: vfs.NewMem(1)}
+	a.l = a.sim.NewLoop("store")
+	fsys := vfs.NewErrors(a.mem, func(op vfs.Op) error {
+		if op.Kind == vfs.OpWrite && op.Len >= 2*torus.PageSize && op.Off > 0 {
+			a.bulks++
+			return a.fail
+		}
+		return nil
+	})
+	if err := storage.Create(fsys, identity); err != nil {
+		t.Fatal(err)
+	}
+	cfg := config(a.l, fsys)
+	cfg.BulkBytes = 3 * torus.PageSize
+	var err error
+	if a.d, err = storage.Open(cfg); err != nil {
+		t.Fatal(err)
+	}
+	var done *bool
+	a.on(func() { done = a.submit(appendOf(torus.BlockRef{Volume: 9, INode: 1}, 0, 0)) }) // there are slots when this is done
+	a.wait(done)
+	return a
+}
+
+// submit starts a request on the loop and does not wait.
+func (a *airport) submit(r *torus.Request) *bool {
+	done := new(bool)
+	r.Done = func(*torus.Request) { *done = true }
+	a.d.Submit(r)
+	return done
+}
+
+func (a *airport) wait(done *bool) {
+	a.t.Helper()
+	if !a.sim.Run(func() bool { return *done }, time.Minute) {
+		a.t.Fatal("never done")
+	}
+}
+
+// on runs fn on the loop, in one turn.
+func (a *airport) on(fn func()) {
+	a.t.Helper()
+	done := false
+	a.l.Post(func() { fn(); done = true })
+	a.wait(&done)
+}
+
+func appendOf(ref torus.BlockRef, off, pages int) *torus.Request {
+	return &torus.Request{Op: torus.OpAppend, Ref: ref, Off: uint32(off), Data: storetest.Record(ref, uint32(off), uint64(off+1), 0, pages)}
+}
+
+// While an append is in the air everybody but its sender finds the block as it will be: its tail, its bytes, and the same bytes sent again. What
+// is appended behind it is answered after it, and a sync waits for both.
+func TestFlight(t *testing.T) {
+	a := newAirport(t)
+	ref := torus.BlockRef{Volume: 1, INode: 1, Index: 1}
+	small, large, last := appendOf(ref, 0, 0), appendOf(ref, 4096, 2), appendOf(ref, 4*4096, 0)
+	var order []string
+	all := append(append(bytes.Clone(small.Data), large.Data...), last.Data...)
+	read := &torus.Request{Op: torus.OpRead, Ref: ref, Off: 0, Data: make([]byte, len(all))}
+	part := &torus.Request{Op: torus.OpRead, Ref: ref, Off: 2 * 4096, Data: make([]byte, 2*4096)}
+	scan := &torus.Request{Op: torus.OpScan, Ref: ref, Len: 1 << 20}
+	again := appendOf(ref, 4096, 2)
+	other := appendOf(ref, 4096, 2)
+	other.Data = storetest.Record(ref, 4096, 77, 0, 2)
+	fence := &torus.Request{Op: torus.OpFence, Ref: ref, Len: 1}
+	sync := &torus.Request{Op: torus.OpSync, Ref: ref, Len: uint32(len(all))}
+	a.on(func() {
+		before := a.bulks
+		for _, x := range []struct {
+			name string
+			r    *torus.Request
+		}{{"small", small}, {"large", large}, {"last", last}, {"read", read}, {"part", part}, {"scan", scan}, {"again", again}, {"other", other}, {"fence", fence}, {"sync", sync}} {
+			x.r.Done = func(*torus.Request) { order = append(order, x.name) }
+			a.d.Submit(x.r)
+		}
+		if a.bulks != before {
+			t.Error("a large append was written on the loop")
+		}
+	})
+	if !a.sim.Run(func() bool { return len(order) == 10 }, time.Minute) {
+		t.Fatalf("only %v were answered", order)
+	}
+	for _, r := range []*torus.Request{small, large, last, read, part, scan, again, fence, sync} {
+		if r.Err != nil {
+			t.Errorf("%v at %d: %v", r.Op, r.Off, r.Err)
+		}
+	}
+	if !errors.Is(other.Err, torus.ErrInvalid) {
+		t.Errorf("other bytes in the place of those in the air: %v", other.Err)
+	}
+	if !bytes.Equal(read.Data, all) || !bytes.Equal(part.Data, all[2*4096:4*4096]) {
+		t.Error("a read found other bytes")
+	}
+	if len(fence.Tails) != 1 || int(fence.Tails[0].Length) != len(all) {
+		t.Errorf("tails of a block of %d bytes: %v", len(all), fence.Tails)
+	}
+	at := map[string]int{}
+	for i, name := range order {
+		at[name] = i
+	}
+	if at["large"] > at["last"] || at["last"] > at["sync"] || at["small"] > at["large"] {
+		t.Errorf("answered in the order %v", order)
+	}
+	// What the sync covers survives a power cut.
+	a.mem.Kill()
+	l := a.sim.NewLoop("after")
+	d, err := storage.Open(config(l, a.mem.CrashClone(rand.New(rand.NewPCG(1, 1)))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.d, a.l = d, l
+	read.Data = make([]byte, len(all))
+	var done *bool
+	a.on(func() { done = a.submit(read) })
+	a.wait(done)
+	if read.Err != nil || !bytes.Equal(read.Data, all) {
+		t.Errorf("after a power cut: %v", read.Err)
+	}
+}
+
+// A write that fails ends the store, as nobody can take back what was said of the block meanwhile; nothing is acknowledged that it should have held.
+func TestFlightFails(t *testing.T) {
+	a := newAirport(t)
+	ref := torus.BlockRef{Volume: 1, INode: 1, Index: 1}
+	first := appendOf(ref, 0, 0)
+	var done *bool
+	a.on(func() { done = a.submit(first) })
+	a.wait(done)
+	sync := &torus.Request{Op: torus.OpSync, Ref: ref, Len: 4096}
+	a.on(func() { done = a.submit(sync) })
+	a.wait(done)
+	a.fail = errors.New("medium error")
+	large, last := appendOf(ref, 4096, 2), appendOf(ref, 4*4096, 0)
+	sync = &torus.Request{Op: torus.OpSync, Ref: ref, Len: 5 * 4096}
+	var dones []*bool
+	a.on(func() {
+		for _, r := range []*torus.Request{large, last, sync} {
+			dones = append(dones, a.submit(r))
+		}
+	})
+	for i, r := range []*torus.Request{large, last, sync} {
+		a.wait(dones[i])
+		if !errors.Is(r.Err, torus.ErrIO) {
+			t.Errorf("%v at %d: %v", r.Op, r.Off, r.Err)
+		}
+	}
+	a.fail = nil
+	read := &torus.Request{Op: torus.OpRead, Ref: ref, Data: make([]byte, 4096)}
+	a.on(func() { done = a.submit(read) })
+	a.wait(done)
+	if read.Err != nil || !bytes.Equal(read.Data, first.Data) {
+		t.Errorf("what was durable before: %v", read.Err)
+	}
+	a.on(func() {
+		if !a.d.Stats().Failed {
+			t.Error("the store does not say that its disk failed")
+		}
+	})
+}
+
+// Close writes what is in the air, and answers it.
+func TestFlightClose(t *testing.T) {
+	a := newAirport(t)
+	ref := torus.BlockRef{Volume: 1, INode: 1, Index: 1}
+	large, last := appendOf(ref, 0, 2), appendOf(ref, 3*4096, 0)
+	sync := &torus.Request{Op: torus.OpSync, Ref: ref, Len: 4 * 4096}
+	a.on(func() {
+		dones := []*bool{a.submit(large), a.submit(last), a.submit(sync)}
+		if err := a.d.Close(); err != nil {
+			t.Error(err)
+		}
+		for i, r := range []*torus.Request{large, last, sync} {
+			if !*dones[i] || r.Err != nil {
+				t.Errorf("%v at %d: answered: %v, %v", r.Op, r.Off, *dones[i], r.Err)
+			}
+		}
+	})
+	a.sim.RunFor(time.Second) // the helpers that come late
+	l := a.sim.NewLoop("after")
+	d, err := storage.Open(config(l, a.mem))
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.d, a.l = d, l
+	list := &torus.Request{Op: torus.OpList, Len: 10}
+	var done *bool
+	a.on(func() { done = a.submit(list) })
+	a.wait(done)
+	if len(list.Tails) != 2 || list.Tails[0].Length != 4*4096 {
+		t.Errorf("after Close: %v, %v", list.Tails, list.Err)
+	}
+}
