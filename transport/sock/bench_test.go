@@ -79,7 +79,7 @@ func BenchmarkRoundTrip(b *testing.B) {
 						addr = "unix:" + filepath.Join(b.TempDir(), "s")
 					}
 					server, client := startLoop(b), startLoop(b)
-					n := New()
+					n := newTCP()
 					var ln transport.Listener
 					on(server, func() {
 						ln = listen(b, server, n, addr, func(transport.Stream) transport.Handler {

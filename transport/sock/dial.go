@@ -34,7 +34,7 @@ func (n *Network) Dial(l loop.Loop, addr string, h transport.Handler) transport.
 		return s
 	}
 	s.init(sh)
-	d := &dialing{s: s, addr: a, until: sh.loop.Now() + dialTimeout}
+	d := &dialing{s: s, addr: a, tcpOnly: n.tcpOnly, until: sh.loop.Now() + dialTimeout}
 	s.dialing = d
 	d.timer = sh.loop.After(dialTimeout, func() { d.fail(unix.ETIMEDOUT) })
 	if sa, ok := a.literal(); ok {
@@ -48,13 +48,14 @@ func (n *Network) Dial(l loop.Loop, addr string, h transport.Handler) transport.
 
 // dialing is a stream that is not connected yet: name → addresses → one after the other, until one answers.
 type dialing struct {
-	s     *stream
-	addr  address
-	until time.Duration // the end of all attempts
-	left  []unix.Sockaddr
-	timer *loop.Timer // of the whole
-	try   *loop.Timer // of one attempt, or its repetition
-	err   error       // of the last attempt, or of the lookup
+	s       *stream
+	addr    address
+	tcpOnly bool
+	until   time.Duration // the end of all attempts
+	left    []unix.Sockaddr
+	timer   *loop.Timer // of the whole
+	try     *loop.Timer // of one attempt, or its repetition
+	err     error       // of the last attempt, or of the lookup
 
 	reg *loop.Registration
 }
@@ -86,14 +87,12 @@ func (d *dialing) next() {
 	if n := len(d.left); n > 0 {
 		d.try = l.After((d.until-l.Now())/time.Duration(n+1), func() { d.failed(unix.ETIMEDOUT) })
 	}
-	if fd := dialShort(sa); fd >= 0 {
-		tuneShort(fd)
-		var err error
-		if d.reg, err = l.Add(fd, unix.EPOLLOUT, d); err != nil {
-			unix.Close(fd)
-			d.failed(err)
+	if !d.tcpOnly {
+		if fd := dialShort(sa); fd >= 0 {
+			tuneShort(fd)
+			d.await(fd)
+			return
 		}
-		return
 	}
 	fd, err := socket(family(sa))
 	if err != nil {
@@ -104,15 +103,21 @@ func (d *dialing) next() {
 	// What is ready now is reported on the next turn, so nothing is called from within Dial.
 	switch err := unix.Connect(fd, sa); err {
 	case nil, unix.EINPROGRESS, unix.EINTR:
-		if d.reg, err = l.Add(fd, unix.EPOLLOUT, d); err != nil {
-			unix.Close(fd)
-			d.failed(err)
-		}
+		d.await(fd)
 	case unix.EAGAIN:
 		unix.Close(fd)
 		d.left = append(d.left, sa)
 		d.try = l.After(backlogRetry, d.next)
 	default:
+		unix.Close(fd)
+		d.failed(err)
+	}
+}
+
+// await waits for the end of an attempt.
+func (d *dialing) await(fd int) {
+	var err error
+	if d.reg, err = d.s.sh.loop.Add(fd, unix.EPOLLOUT, d); err != nil {
 		unix.Close(fd)
 		d.failed(err)
 	}

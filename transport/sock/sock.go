@@ -34,6 +34,8 @@ const (
 type Network struct {
 	mu    sync.Mutex
 	loops map[*loop.Epoll]*shared
+
+	tcpOnly bool // in tests: no shortcuts
 }
 
 var _ transport.Network = (*Network)(nil)

@@ -76,6 +76,13 @@ func startLoop(t testing.TB) *loop.Epoll {
 	return e
 }
 
+// newTCP is a Network without shortcuts.
+func newTCP() *Network {
+	n := New()
+	n.tcpOnly = true
+	return n
+}
+
 func on(e *loop.Epoll, fn func()) {
 	done := make(chan struct{})
 	e.Post(func() { fn(); close(done) })
@@ -87,12 +94,14 @@ func TestConformance(t *testing.T) {
 		"tcp4":      func(*testing.T) string { return "tcp://127.0.0.1:0" },
 		"tcp6":      func(*testing.T) string { return "tcp://[::1]:0" },
 		"localhost": func(*testing.T) string { return "tcp://localhost:0" },
+		"shortcut":  func(*testing.T) string { return "tcp://127.0.0.1:0" },
 		"unix":      func(t *testing.T) string { return "unix:" + filepath.Join(t.TempDir(), "s") },
 	} {
 		t.Run(name, func(t *testing.T) {
 			transporttest.Run(t, func(t *testing.T) transporttest.World {
 				e := newLoop(t)
 				n := New()
+				n.tcpOnly = name != "shortcut"
 				return transporttest.World{
 					Network: n, Server: e, Client: e,
 					Addr: func() string { return addr(t) },
@@ -173,7 +182,7 @@ func TestHalfClose(t *testing.T) {
 		closed := make(chan error, 1)
 		var ln transport.Listener
 		on(e, func() {
-			ln = listen(t, e, New(), addr, func(s transport.Stream) transport.Handler {
+			ln = listen(t, e, newTCP(), addr, func(s transport.Stream) transport.Handler {
 				h := echo(s).(*handler)
 				h.closed = func(_ transport.Stream, err error) { closed <- err }
 				return h
@@ -201,7 +210,7 @@ func TestReset(t *testing.T) {
 		closed, opened := make(chan error, 1), make(chan bool, 1)
 		var ln transport.Listener
 		on(e, func() {
-			ln = listen(t, e, New(), "tcp://127.0.0.1:0", func(s transport.Stream) transport.Handler {
+			ln = listen(t, e, newTCP(), "tcp://127.0.0.1:0", func(s transport.Stream) transport.Handler {
 				return &handler{
 					opened: func(s transport.Stream) {
 						if paused {
@@ -231,7 +240,7 @@ func TestDataBeforeBrokenPipe(t *testing.T) {
 		var got []byte
 		var end error
 		closed := false
-		ln := listen(t, e, New(), addr, func(st transport.Stream) transport.Handler {
+		ln := listen(t, e, newTCP(), addr, func(st transport.Stream) transport.Handler {
 			s = st
 			return &handler{
 				opened: func(s transport.Stream) { s.Pause() },
@@ -263,7 +272,7 @@ func TestDataBeforeBrokenPipe(t *testing.T) {
 // A unix socket whose process died is replaced; one that is served, or a file that is none, is not touched.
 func TestUnixSocketFile(t *testing.T) {
 	e := newLoop(t)
-	n := New()
+	n := newTCP()
 	path := filepath.Join(t.TempDir(), "s")
 	ul, err := net.Listen("unix", path)
 	if err != nil {
@@ -316,7 +325,7 @@ func TestUnixSocketFile(t *testing.T) {
 // Listening on every address serves both kinds, and Addr can be dialed.
 func TestListenEverywhere(t *testing.T) {
 	e := newLoop(t)
-	n := New()
+	n := newTCP()
 	ln := listen(t, e, n, "tcp://:0", echo)
 	_, port, _ := net.SplitHostPort(strings.TrimPrefix(ln.Addr(), "tcp://"))
 	for _, addr := range []string{ln.Addr(), "tcp://127.0.0.1:" + port, "tcp://[::1]:" + port, "tcp://localhost:" + port} {
@@ -336,7 +345,7 @@ func TestListenEverywhere(t *testing.T) {
 func TestOtherLoop(t *testing.T) {
 	v := loop.NewVirtual(1)
 	l := v.NewLoop("l")
-	n := New()
+	n := newTCP()
 	if _, err := n.Listen(l, "tcp://127.0.0.1:0", echo); !errors.Is(err, torus.ErrInvalid) {
 		t.Errorf("Listen on a virtual loop: %v", err)
 	}
@@ -353,7 +362,7 @@ func TestOtherLoop(t *testing.T) {
 // A name that does not resolve, and an address that swallows everything, end in an error within the timeout.
 func TestDialFails(t *testing.T) {
 	e := newLoop(t)
-	n := New()
+	n := newTCP()
 	// A listener with a full backlog lets SYNs fall.
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -443,7 +452,7 @@ func TestConnectionToItself(t *testing.T) {
 
 	e := newLoop(t)
 	ended := false
-	s := New().Dial(e, format(sa), &handler{
+	s := newTCP().Dial(e, format(sa), &handler{
 		opened: func(transport.Stream) { t.Error("opened") },
 		closed: func(transport.Stream, error) { ended = true },
 	}).(*stream)
@@ -460,7 +469,7 @@ func TestConnectionToItself(t *testing.T) {
 // A message without end is cut off at the limit, and costs what was sent, not what was announced.
 func TestInputLimit(t *testing.T) {
 	e := newLoop(t)
-	n := New()
+	n := newTCP()
 	need, most := maxInputSize+1, 0
 	var end error
 	var s *stream
@@ -509,7 +518,7 @@ func TestInputLimit(t *testing.T) {
 // Idle streams hold no buffers.
 func TestIdleStreamsAreCheap(t *testing.T) {
 	e := newLoop(t)
-	n := New()
+	n := newTCP()
 	const many = 1000
 	var streams []*stream
 	echoed := 0
@@ -546,7 +555,7 @@ func TestIdleStreamsAreCheap(t *testing.T) {
 // The bytes given to Data stay as they are until it returns, even if it closes the stream and others read meanwhile.
 func TestInputOutlivesClose(t *testing.T) {
 	e := newLoop(t)
-	n := New()
+	n := newTCP()
 	closed := false
 	ln := listen(t, e, n, "unix:"+filepath.Join(t.TempDir(), "s"), func(transport.Stream) transport.Handler {
 		return &handler{
@@ -572,7 +581,7 @@ func TestInputOutlivesClose(t *testing.T) {
 // Without descriptors a listener neither spins nor dies.
 func TestOutOfDescriptors(t *testing.T) {
 	e := newLoop(t)
-	n := New()
+	n := newTCP()
 	accepted := 0
 	ln := listen(t, e, n, "unix:"+filepath.Join(t.TempDir(), "s"), func(s transport.Stream) transport.Handler {
 		accepted++
@@ -605,7 +614,7 @@ func TestOutOfDescriptors(t *testing.T) {
 // Two loops in two goroutines, for the race detector: nothing is shared between them but the sockets.
 func TestTwoLoops(t *testing.T) {
 	a, b := startLoop(t), startLoop(t)
-	n := New()
+	n := newTCP()
 	var ln transport.Listener
 	on(a, func() { ln = listen(t, a, n, "tcp://127.0.0.1:0", echo) })
 	const streams, rounds = 20, 200
@@ -653,7 +662,7 @@ func TestNothingLeaks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := New()
+	n := newTCP()
 	ln := listen(t, e, n, "tcp://127.0.0.1:0", echo)
 	opened := 0
 	var last transport.Stream
