@@ -72,7 +72,7 @@ func (d *Disk) append(r *torus.Request) bool {
 		again := data[:min(len(data), int(length-r.Off))]
 		same, err := d.holds(s, r.Off, again)
 		switch {
-		case err == vfs.ErrWouldBlock && len(again) == len(data) && !d.flying(s):
+		case err == vfs.ErrWouldBlock && len(again) == len(data) && !d.flying(s, r.Off+uint32(len(data))):
 			d.offloadRead(r, s)
 			return true
 		case err == vfs.ErrWouldBlock:
@@ -104,7 +104,7 @@ func (d *Disk) append(r *torus.Request) bool {
 		}
 	}
 	f, place := d.place(s)
-	flies := len(data) >= d.bulk || found && d.flying(s)
+	flies := len(data) >= d.bulk || found && d.flying(s, length)
 	if !flies {
 		_, err = f.f.WriteAt(data, place+int64(length))
 	}

@@ -2,6 +2,7 @@ package storage
 
 import (
 	"errors"
+	"math"
 	"slices"
 
 	"github.com/coreos/torus"
@@ -118,24 +119,23 @@ func (d *Disk) arrive(s uint32) {
 	}
 }
 
-// flying reports whether something of a block is in the air.
-func (d *Disk) flying(s uint32) bool {
-	o := d.slots[s].open
-	return o >= 0 && d.opens[o].flights > 0
-}
+// flying reports whether something of a block is in the air below end.
+func (d *Disk) flying(s, end uint32) bool { return end > d.aloft(s) }
 
-// aloft returns what of a block is in the air, from the first byte of it on: all of it up to the block's length, in order.
-func (d *Disk) aloft(s uint32) (first uint32, ok bool) {
-	if !d.flying(s) {
-		return 0, false
+// aloft is where in a block begins what is in the air: everything from there to the block's end, in order. noFlight if nothing is.
+func (d *Disk) aloft(s uint32) (first uint32) {
+	if o := d.slots[s].open; o < 0 || d.opens[o].flights == 0 {
+		return noFlight
 	}
 	i := slices.IndexFunc(d.flights, func(fl *flight) bool { return fl.slot == s })
-	return d.flights[i].off, true
+	return d.flights[i].off
 }
+
+const noFlight = math.MaxUint32
 
 // readWith fills b from off in a block: what is in the air from memory, the rest by means of readAt.
 func (d *Disk) readWith(s uint32, b []byte, off uint32, readAt func(b []byte, off int64) (int, error)) error {
-	if first, ok := d.aloft(s); ok && uint64(off)+uint64(len(b)) > uint64(first) {
+	if first := d.aloft(s); uint64(off)+uint64(len(b)) > uint64(first) {
 		for _, fl := range d.flights {
 			if fl.slot != s || fl.off+uint32(len(fl.data)) <= off || uint64(fl.off) >= uint64(off)+uint64(len(b)) {
 				continue

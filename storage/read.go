@@ -39,7 +39,7 @@ func (d *Disk) read(r *torus.Request) {
 		d.finishRead(r, err)
 		return
 	}
-	err := d.readNow(s, r.Data, r.Off)
+	err := d.readNow(s, r.Data, r.Off, r.Off+uint32(len(r.Data)))
 	if err != nil {
 		if errors.Is(err, vfs.ErrWouldBlock) {
 			d.offloadRead(r, s)
@@ -50,11 +50,11 @@ func (d *Disk) read(r *torus.Request) {
 	d.finishRead(r, err)
 }
 
-// readNow reads inline: vfs.ErrWouldBlock if that is for a helper.
-func (d *Disk) readNow(s uint32, b []byte, off uint32) error {
+// readNow reads inline what is in memory: vfs.ErrWouldBlock if it is not, and a helper could read the block up to end.
+func (d *Disk) readNow(s uint32, b []byte, off, end uint32) error {
 	f := d.files[d.slots[s].file].f
 	err := d.readWith(s, b, off, f.ReadAtCached)
-	if errors.Is(err, vfs.ErrWouldBlock) && d.flying(s) { // a helper would not find what is in the air; this is rare
+	if errors.Is(err, vfs.ErrWouldBlock) && d.flying(s, end) { // what is in the air a helper would not find; this is rare
 		err = d.readWith(s, b, off, f.ReadAt)
 	}
 	return err
@@ -78,7 +78,7 @@ func (d *Disk) scan(r *torus.Request) {
 		r.Finish(fmt.Errorf("scan of %v: %w", r.Ref, torus.ErrBlockNotExist))
 		return
 	}
-	err := scanRecords(r, d.slots[s].length, d.page, &d.hdr, func(b []byte, off uint32) error { return d.readNow(s, b, off) })
+	err := scanRecords(r, d.slots[s].length, d.page, &d.hdr, func(b []byte, off uint32) error { return d.readNow(s, b, off, d.slots[s].length) })
 	if errors.Is(err, vfs.ErrWouldBlock) {
 		d.offloadRead(r, s)
 		return

@@ -81,7 +81,7 @@ var mutants = []Mutant{
 	},
 	{
 		Name: "ack-in-the-air", Rule: "a small append is acknowledged before a large one in front of it is written", File: "storage/append.go",
-		Edits: []Edit{{"	flies := len(data) >= d.bulk || found && d.flying(s)\n", "	flies := len(data) >= d.bulk\n"}},
+		Edits: []Edit{{"	flies := len(data) >= d.bulk || found && d.flying(s, length)\n", "	flies := len(data) >= d.bulk\n"}},
 	},
 	{
 		Name: "crc-unchecked", Rule: "a read's checksums are not checked", File: "file/read.go",
