@@ -37,8 +37,8 @@ type Options struct {
 	SlotsPerFile int
 	// BulkBytes is that of the stores.
 	BulkBytes int
-	Repair       bool         // peers repair their copies
-	Log          *slog.Logger // nil: none
+	Repair    bool         // peers repair their copies
+	Log       *slog.Logger // nil: none
 }
 
 // Cluster is a metadata service, peers and clients.

@@ -87,6 +87,10 @@ func (d *Disk) append(r *torus.Request) bool {
 			return true
 		}
 		if data = data[len(again):]; len(data) == 0 {
+			if d.flying(s, r.Off+uint32(len(again))) {
+				d.tagAlong(r, s)
+				return true
+			}
 			r.Length = length
 			r.Finish(nil)
 			return true
@@ -104,6 +108,10 @@ func (d *Disk) append(r *torus.Request) bool {
 		}
 	}
 	f, place := d.place(s)
+	if found && d.slots[s].pins == maxPins {
+		d.refuse(r, fmt.Errorf("append to %v, of which %d slow reads are under way: %w", r.Ref, maxPins, torus.ErrAgain))
+		return true
+	}
 	flies := len(data) >= d.bulk || found && d.flying(s, length)
 	if !flies {
 		_, err = f.f.WriteAt(data, place+int64(length))

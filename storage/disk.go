@@ -136,7 +136,7 @@ type file struct {
 // place is where a slot begins in its file.
 func (d *Disk) place(s uint32) (*file, int64) {
 	f := d.files[d.slots[s].file]
-	return f, dataOffset(f.super.slots) + int64(s-f.base)*int64(d.id.BlockSize)
+	return f, f.super.dataOffset() + int64(s-f.base)*int64(d.id.BlockSize)
 }
 
 // Kind implements torus.Store.

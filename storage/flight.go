@@ -9,6 +9,9 @@ import (
 	"github.com/coreos/torus/loop"
 )
 
+// Small appends fly behind large ones of their block: what goes through the page cache beside a write that goes past it, in one of its pages, which may be
+// of 2 MiB, makes that fail; blocks do not share such pages (dataOffset).
+
 // bulkBytes: what is appended in pieces of so many bytes goes past the page cache, where the file system lets it. It is written once, in
 // order, and seldom read soon; copying it into the cache, and having the kernel write it out from there, costs more than all the rest of an append (docs/performance.md).
 // Reads in such pieces go past the cache as well.
@@ -24,7 +27,8 @@ type flight struct {
 	slot    uint32
 	place   int64  // in the file
 	off     uint32 // in the block
-	data    []byte // the part of r.Data that is new
+	data    []byte // the part of r.Data that is new; nothing if all of it is on its way already, and only the reply has to wait
+	end     uint32 // of the block, with r.Data
 	covered bool   // by the fdatasync that is about to begin
 	landed  bool
 	err     error // of the helper
@@ -36,12 +40,19 @@ var _ loop.FileIO = (*flight)(nil)
 func (d *Disk) takeOff(r *torus.Request, s uint32, data []byte) {
 	x := &d.slots[s]
 	f, place := d.place(s)
-	fl := &flight{d: d, r: r, f: f, slot: s, place: place + int64(x.length), off: x.length, data: data}
+	fl := &flight{d: d, r: r, f: f, slot: s, place: place + int64(x.length), off: x.length, data: data, end: x.length + uint32(len(data))}
 	x.pins++
 	d.opens[x.open].flights++
 	fl.f.sync.aloft++
 	d.flights = append(d.flights, fl)
 	d.loop.Offload(fl)
+}
+
+// tagAlong has a reply wait for what is in the air of a block.
+func (d *Disk) tagAlong(r *torus.Request, s uint32) {
+	x := &d.slots[s]
+	d.opens[x.open].flights++
+	d.flights = append(d.flights, &flight{d: d, r: r, f: d.files[x.file], slot: s, off: x.length, end: r.Off + uint32(len(r.Data)), landed: true})
 }
 
 // write is on a helper, but in Close.
@@ -52,7 +63,7 @@ func (fl *flight) write() error {
 
 // FileIO implements loop.FileIO.
 func (fl *flight) FileIO() (fd int, write bool, b []byte, off int64) {
-	return fl.f.f.Descriptor(fl.place, len(fl.data)), true, fl.data, fl.place
+	return fl.f.f.WriteDescriptor(), true, fl.data, fl.place
 }
 
 // Work implements loop.Job.
@@ -105,15 +116,14 @@ func (d *Disk) arrive(s uint32) {
 		if x.open >= 0 {
 			d.opens[x.open].flights--
 		}
-		end := fl.off + uint32(len(fl.data))
 		switch {
 		case fl.f.err != nil:
 			d.refuse(fl.r, fl.f.err)
-		case x.open < 0 || x.state == freeing || end > x.length: // deleted or cut off meanwhile
+		case x.open < 0 || x.state == freeing || fl.end > x.length: // deleted or cut off meanwhile
 			d.refuse(fl.r, torus.ErrSealed)
 		default:
 			d.metrics.writes.Inc()
-			fl.r.Length = end
+			fl.r.Length = fl.end
 			fl.r.Finish(nil)
 		}
 	}

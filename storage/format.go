@@ -49,11 +49,20 @@ func tableSize(slots uint32) int64 {
 	return (int64(slots)*entrySize + torus.PageSize - 1) / torus.PageSize * torus.PageSize
 }
 
-// dataOffset is where slot 0 begins.
-func dataOffset(slots uint32) int64 { return torus.PageSize + 2*tableSize(slots) }
+// largestPage is the size of the largest pages that the page cache of Linux is made of.
+const largestPage = 2 << 20
+
+// dataOffset is where slot 0 begins: so that, with blocks of a multiple of largestPage, no two share a page of the page cache, nor does the
+// first with the tables (see flight).
+func dataOffset(slots uint32, blockSize uint64) int64 {
+	unit := int64(min(blockSize, largestPage))
+	return (torus.PageSize + 2*tableSize(slots) + unit - 1) / unit * unit
+}
+
+func (s superblock) dataOffset() int64 { return dataOffset(s.slots, s.id.BlockSize) }
 
 func (s superblock) fileSize() int64 {
-	return dataOffset(s.slots) + int64(s.slots)*int64(s.id.BlockSize)
+	return s.dataOffset() + int64(s.slots)*int64(s.id.BlockSize)
 }
 
 func (s superblock) encode(page []byte) {

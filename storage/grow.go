@@ -107,7 +107,7 @@ func (g *grower) make() error {
 
 // fitting is how many slots, want at most, a file may have if the reserve shall stay free.
 func fitting(left, reserve uint64, want uint32, blockSize uint64) uint32 {
-	overhead := uint64(dataOffset(want)) + reserve
+	overhead := uint64(dataOffset(want, blockSize)) + reserve
 	if left < overhead {
 		return 0
 	}
@@ -274,7 +274,7 @@ func (w *prewriter) chunk() error {
 	}
 	defer f.Close()
 	block := int64(w.d.id.BlockSize)
-	place := dataOffset(w.f.super.slots) + int64(w.slot-w.f.base)*block
+	place := w.f.super.dataOffset() + int64(w.slot-w.f.base)*block
 	zeroes := buf.Get(prewriteWrite)
 	defer zeroes.Release()
 	clear(zeroes.Bytes())

@@ -287,7 +287,7 @@ func readHead(f vfs.File, super *superblock) ([]byte, error) {
 	if err := super.decode(page); err != nil {
 		return nil, err
 	}
-	if err := f.DropCache(0, dataOffset(super.slots)); err != nil {
+	if err := f.DropCache(0, super.dataOffset()); err != nil {
 		return nil, err
 	}
 	tables := make([]byte, 2*tableSize(super.slots))

@@ -39,7 +39,7 @@ func (d *Disk) read(r *torus.Request) {
 		d.finishRead(r, err)
 		return
 	}
-	err := d.readNow(s, r.Data, r.Off, r.Off+uint32(len(r.Data)))
+	err := d.readNow(s, r.Data, r.Off)
 	if err != nil {
 		if errors.Is(err, vfs.ErrWouldBlock) {
 			d.offloadRead(r, s)
@@ -50,11 +50,11 @@ func (d *Disk) read(r *torus.Request) {
 	d.finishRead(r, err)
 }
 
-// readNow reads inline what is in memory: vfs.ErrWouldBlock if it is not, and a helper could read the block up to end.
-func (d *Disk) readNow(s uint32, b []byte, off, end uint32) error {
+// readNow reads inline what is in memory: vfs.ErrWouldBlock if it is not, and a helper can read it.
+func (d *Disk) readNow(s uint32, b []byte, off uint32) error {
 	f := d.files[d.slots[s].file].f
 	err := d.readWith(s, b, off, f.ReadAtCached)
-	if errors.Is(err, vfs.ErrWouldBlock) && d.flying(s, end) { // what is in the air a helper would not find; this is rare
+	if errors.Is(err, vfs.ErrWouldBlock) && d.flying(s, off+uint32(len(b))) { // what is in the air a helper would not find; this is rare
 		err = d.readWith(s, b, off, f.ReadAt)
 	}
 	return err
@@ -78,7 +78,7 @@ func (d *Disk) scan(r *torus.Request) {
 		r.Finish(fmt.Errorf("scan of %v: %w", r.Ref, torus.ErrBlockNotExist))
 		return
 	}
-	err := scanRecords(r, d.slots[s].length, d.page, &d.hdr, func(b []byte, off uint32) error { return d.readNow(s, b, off, d.slots[s].length) })
+	err := scanRecords(r, d.slots[s].length, d.page, &d.hdr, func(b []byte, off uint32) error { return d.readNow(s, b, off) })
 	if errors.Is(err, vfs.ErrWouldBlock) {
 		d.offloadRead(r, s)
 		return
@@ -150,6 +150,9 @@ func (d *Disk) offloadRead(r *torus.Request, s uint32) {
 	}
 	f, place := d.place(s)
 	j.r, j.slot, j.f, j.place, j.length = r, s, f.f, place, x.length
+	if r.Op == torus.OpScan {
+		j.length = min(j.length, d.aloft(s)) // who scans goes on where this ends
+	}
 	d.loop.Offload(j)
 }
 

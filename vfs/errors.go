@@ -213,6 +213,8 @@ func (f *errorFile) Truncate(size int64) error {
 
 func (f *errorFile) Descriptor(int64, int) int { return -1 }
 
+func (f *errorFile) WriteDescriptor() int { return -1 }
+
 func (f *errorFile) Size() (int64, error) {
 	if err := f.fault(OpSize, 0, 0); err != nil {
 		return 0, err

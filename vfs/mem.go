@@ -908,6 +908,9 @@ func (f *memFile) Truncate(size int64) error {
 
 func (f *memFile) Descriptor(int64, int) int { return -1 }
 
+// WriteDescriptor implements File.
+func (f *memFile) WriteDescriptor() int { return -1 }
+
 func (f *memFile) Size() (int64, error) {
 	if err := f.enter("stat"); err != nil {
 		return 0, err

@@ -157,6 +157,14 @@ func (f *osFile) ReadAt(b []byte, off int64) (int, error) {
 	return f.f.ReadAt(b, off)
 }
 
+// WriteDescriptor implements File.
+func (f *osFile) WriteDescriptor() int {
+	if f.direct() == nil {
+		return -1
+	}
+	return f.directFD
+}
+
 // Descriptor implements File.
 func (f *osFile) Descriptor(off int64, n int) int {
 	if n >= directBytes && (uintptr(off)|uintptr(n))%directAlign == 0 {
@@ -171,10 +179,14 @@ const directAlign = 4096
 
 // directFor is what to read b from, or write it to, past the page cache; nil if it is not worth it, or cannot be.
 func (f *osFile) directFor(b []byte, off int64) *os.File {
-	if len(b) < directBytes || (uintptr(unsafe.Pointer(&b[0]))|uintptr(off)|uintptr(len(b)))%directAlign != 0 {
+	if len(b) < directBytes || !isAligned(b, off) {
 		return nil
 	}
 	return f.direct()
+}
+
+func isAligned(b []byte, off int64) bool {
+	return (uintptr(unsafe.Pointer(unsafe.SliceData(b)))|uintptr(off)|uintptr(len(b)))%directAlign == 0
 }
 
 func (f *osFile) direct() *os.File {
@@ -226,7 +238,7 @@ func (f *osFile) WriteAt(b []byte, off int64) (int, error) {
 
 // WriteThrough implements File. What the page cache has of the range is written out and dropped by the kernel.
 func (f *osFile) WriteThrough(b []byte, off int64) (int, error) {
-	if d := f.directFor(b, off); d != nil {
+	if d := f.direct(); d != nil && isAligned(b, off) {
 		if n, err := d.WriteAt(b, off); err == nil {
 			return n, nil
 		}

@@ -46,8 +46,9 @@ type File interface {
 	ReadAtCached(b []byte, off int64) (int, error)
 	// WriteAt is that of io.WriterAt; ErrNoSpace when the file system is full. Not durable before Datasync.
 	WriteAt(b []byte, off int64) (int, error)
-	// WriteThrough is WriteAt for what is large and page-aligned, in memory as in the file: past the page cache, if that can be, so that it waits for
-	// the medium. It is no more durable than WriteAt.
+	// WriteThrough is WriteAt past the page cache, if that can be, for what is page-aligned, in memory as in the file, so that it waits for
+	// the medium. It is no more durable than WriteAt. While it runs nothing else may be written to the same 2 MiB of the file, as large as the kernel's pages
+	// get: it would find the rest of one changed when it is done, and call that an I/O error.
 	WriteThrough(b []byte, off int64) (int, error)
 	// Datasync makes everything written so far durable. After it has failed once, nothing may be assumed about any
 	// byte written since the last success, whatever later calls say.
@@ -64,6 +65,8 @@ type File interface {
 	// Descriptor is an open descriptor from which pread(2) does what ReadAt(b, off) does, for b of n bytes, page-aligned if n is a
 	// multiple of the page; below 0 if there is none. It is closed with the file.
 	Descriptor(off int64, n int) int
+	// WriteDescriptor is an open descriptor to which pwrite(2) does what WriteThrough does; below 0 if there is none. It is closed with the file.
+	WriteDescriptor() int
 	Size() (int64, error)
 	Close() error
 }

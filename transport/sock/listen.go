@@ -71,7 +71,7 @@ func (n *Network) Listen(l loop.Loop, addr string, accept func(s transport.Strea
 		return nil, fmt.Errorf("listen on %s: %w", addr, err)
 	}
 	if a.path == "" {
-		if fd := listenShort(sa); fd >= 0 {
+		if fd := listenShort(sa, a.host == ""); fd >= 0 {
 			ln.short = &listener{sh: sh, accept: accept, addr: ln.addr, isShort: true}
 			if ln.short.reg, err = sh.loop.Add(fd, unix.EPOLLIN, ln.short); err != nil {
 				unix.Close(fd)

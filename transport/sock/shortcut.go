@@ -14,14 +14,10 @@ import (
 // like the port is that of the network namespace. Who dials an address of this machine tries that first: it does the same work at two
 // thirds of the cost of TCP over the loopback interface (docs/performance.md). Where there is none TCP is used, as from everywhere else.
 
-// shortcutName is the name of the unix socket of a TCP address.
-func shortcutName(ip netip.Addr, port int) string {
-	host := "*"
-	if ip = ip.Unmap(); !ip.IsUnspecified() {
-		host = ip.String()
-	}
-	return "@torus/tcp/" + host + "/" + strconv.Itoa(port)
-}
+// shortcutName is the name of the unix socket of a TCP address. everyAddress is the host of a listener on those of both kinds.
+func shortcutName(host string, port int) string { return "@torus/tcp/" + host + "/" + strconv.Itoa(port) }
+
+const everyAddress = "*"
 
 func addrPort(sa unix.Sockaddr) (ip netip.Addr, port int, ok bool) {
 	switch sa := sa.(type) {
@@ -33,14 +29,18 @@ func addrPort(sa unix.Sockaddr) (ip netip.Addr, port int, ok bool) {
 	return ip, 0, false
 }
 
-// listenShort returns a socket that listens for those who dial sa from this machine; -1 if there can be none.
-func listenShort(sa unix.Sockaddr) int {
+// listenShort returns a socket that listens for those who dial sa, or, if all, any address, from this machine; -1 if there can be none.
+func listenShort(sa unix.Sockaddr, all bool) int {
 	ip, port, _ := addrPort(sa)
+	host := ip.String()
+	if all {
+		host = everyAddress
+	}
 	fd, err := socket(unix.AF_UNIX)
 	if err != nil {
 		return -1
 	}
-	if unix.Bind(fd, &unix.SockaddrUnix{Name: shortcutName(ip, port)}) != nil || unix.Listen(fd, backlog) != nil {
+	if unix.Bind(fd, &unix.SockaddrUnix{Name: shortcutName(host, port)}) != nil || unix.Listen(fd, backlog) != nil {
 		unix.Close(fd)
 		return -1
 	}
@@ -50,13 +50,19 @@ func listenShort(sa unix.Sockaddr) int {
 // dialShort connects to who listens on sa, if that is on this machine, by the shortcut; -1 if there is none.
 func dialShort(sa unix.Sockaddr) int {
 	ip, port, ok := addrPort(sa)
-	if !ok {
+	if !ok || ip.IsLinkLocalUnicast() || !ofThisMachine(ip) { // link-local addresses are told apart by their interface only
 		return -1
 	}
-	if fd := connectShort(shortcutName(ip, port)); fd >= 0 || !ofThisMachine(ip) {
-		return fd
+	any := netip.IPv6Unspecified()
+	if ip.Is4() {
+		any = netip.IPv4Unspecified()
 	}
-	return connectShort(shortcutName(netip.IPv4Unspecified(), port))
+	for _, host := range []string{ip.String(), any.String(), everyAddress} {
+		if fd := connectShort(shortcutName(host, port)); fd >= 0 {
+			return fd
+		}
+	}
+	return -1
 }
 
 func connectShort(name string) int {

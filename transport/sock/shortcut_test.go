@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"strings"
@@ -114,6 +115,36 @@ func TestShortcut(t *testing.T) {
 	}
 }
 
+// A shortcut leads nowhere that TCP would not.
+func TestShortcutIsNoDetour(t *testing.T) {
+	at, stop := serving(t, "tcp://0.0.0.0:0")
+	defer stop()
+	_, port, err := net.SplitHostPort(strings.TrimPrefix(at, "tcp://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f, err := dialled(t, "tcp://[::1]:"+port); err == nil {
+		t.Errorf("a listener on IPv4 answers who dials IPv6, family %d", f)
+	}
+	for _, ip := range []string{"203.0.113.7", "fe80::1"} {
+		a := netip.MustParseAddr(ip)
+		fd, err := socket(unix.AF_UNIX)
+		if err == nil {
+			err = unix.Bind(fd, &unix.SockaddrUnix{Name: shortcutName(ip, 40000)})
+		}
+		if err == nil {
+			err = unix.Listen(fd, 1)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		if fd := dialShort(sockaddr(a, 40000)); fd >= 0 {
+			t.Errorf("%s, which is no address of this machine or one of many, was found on it", ip)
+		}
+	}
+}
+
 // Whoever listens without a shortcut is reached by TCP.
 func TestNoShortcut(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -164,7 +195,7 @@ func TestShortcutOfSomebodyElse(t *testing.T) {
 	at := ln.Addr().(*net.TCPAddr).AddrPort()
 	exe := "/proc/self/exe"
 	cmd := exec.Command(exe, "-test.run", "TestShortcutOfSomebodyElse", "-test.v")
-	cmd.Env = append(os.Environ(), "TORUS_TEST_SQUAT="+shortcutName(at.Addr(), int(at.Port())))
+	cmd.Env = append(os.Environ(), "TORUS_TEST_SQUAT="+shortcutName(at.Addr().String(), int(at.Port())))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	cmd.Dir = "/"
 	out, err := cmd.StdoutPipe()
