@@ -15,7 +15,9 @@ import (
 // thirds of the cost of TCP over the loopback interface (docs/performance.md). Where there is none TCP is used, as from everywhere else.
 
 // shortcutName is the name of the unix socket of a TCP address. everyAddress is the host of a listener on those of both kinds.
-func shortcutName(host string, port int) string { return "@torus/tcp/" + host + "/" + strconv.Itoa(port) }
+func shortcutName(host string, port int) string {
+	return "@torus/tcp/" + host + "/" + strconv.Itoa(port)
+}
 
 const everyAddress = "*"
 
