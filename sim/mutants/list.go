@@ -80,6 +80,11 @@ var mutants = []Mutant{
 		Edits: []Edit{{"	if g.covered, g.aloft = g.aloft, 0; g.covered > 0 {", "	if g.aloft = 0; g.covered > 0 {"}},
 	},
 	{
+		Name: "again-in-the-air", Rule: "an append that is sent again is acknowledged while the first one is being written", File: "storage/append.go",
+		Edits:   []Edit{{"			if d.flying(s, r.Off+uint32(len(again))) {\n", "			if d.flying(s, 0) {\n"}},
+		Package: "./storage", Test: "^TestFlight$",
+	},
+	{
 		Name: "ack-in-the-air", Rule: "a small append is acknowledged before a large one in front of it is written", File: "storage/append.go",
 		Edits: []Edit{{"	flies := len(data) >= d.bulk || found && d.flying(s, length)\n", "	flies := len(data) >= d.bulk\n"}},
 	},
