@@ -9,9 +9,6 @@ import (
 	"github.com/coreos/torus/loop"
 )
 
-// Small appends fly behind large ones of their block: what goes through the page cache beside a write that goes past it, in one of its pages, which may be
-// of 2 MiB, makes that fail; blocks do not share such pages (dataOffset).
-
 // bulkBytes: what is appended in pieces of so many bytes goes past the page cache, where the file system lets it. It is written once, in
 // order, and seldom read soon; copying it into the cache, and having the kernel write it out from there, costs more than all the rest of an append (docs/performance.md).
 // Reads in such pieces go past the cache as well.
@@ -20,6 +17,9 @@ const bulkBytes = 256 << 10
 // flight is an Append that the kernel or a helper writes, as that waits for the disk. For everybody but the one who sent it, it is done when it takes off:
 // the block has its new length, and what is in the air is read from the request's own memory. The reply waits for it, and for those of the
 // same block that took off before, so that the end of the process takes nothing that was acknowledged. An fdatasync begins only when what it covers has landed.
+//
+// Small appends fly behind large ones of their block: what goes through the page cache beside a write that goes past it, in the same page of the cache, which may be
+// of 2 MiB, makes that write fail. Blocks share no such page (dataOffset).
 type flight struct {
 	d       *Disk
 	r       *torus.Request

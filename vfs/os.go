@@ -142,7 +142,7 @@ type osFile struct {
 	directFD   int
 }
 
-// directBytes is the least that is worth moving past the page cache: what is read or written in such pieces is so once, and copying
+// directBytes is the least that is worth reading past the page cache: what is read in such pieces is read once, and copying
 // it twice and evicting other things for it costs more than the disk does.
 const directBytes = 256 << 10
 
@@ -177,7 +177,7 @@ func (f *osFile) Descriptor(off int64, n int) int {
 
 const directAlign = 4096
 
-// directFor is what to read b from, or write it to, past the page cache; nil if it is not worth it, or cannot be.
+// directFor is what to read b from past the page cache; nil if it is not worth it, or cannot be.
 func (f *osFile) directFor(b []byte, off int64) *os.File {
 	if len(b) < directBytes || !isAligned(b, off) {
 		return nil

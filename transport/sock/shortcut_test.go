@@ -184,7 +184,7 @@ func TestShortcutOfSomebodyElse(t *testing.T) {
 		return
 	}
 	if os.Geteuid() != 0 {
-		t.Skip("needs to be root, to be somebody else")
+		t.Fatal("needs to be root, to be somebody else")
 	}
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -203,7 +203,7 @@ func TestShortcutOfSomebodyElse(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := cmd.Start(); err != nil {
-		t.Skipf("cannot run as somebody else: %v", err)
+		t.Fatalf("cannot run as somebody else: %v", err)
 	}
 	defer func() { cmd.Process.Kill(); cmd.Wait() }() //nolint:errcheck // it is killed
 	squatting := false
