@@ -27,8 +27,9 @@ type scale struct {
 	seconds  int
 	idle     time.Duration
 	sections []string
-	size     byteSize // of the volume that is overwritten
-	profile  string   // directory for CPU profiles of idle clusters; empty: none
+	over     []overLoad // how a volume is overwritten
+	size     byteSize   // of the volume that is overwritten
+	profile  string     // directory for CPU profiles of idle clusters; empty: none
 	stdout   io.Writer
 	progress io.Writer
 	clusters int // started so far
@@ -53,7 +54,7 @@ var (
 
 func parseScaleFlags(name string, sections, args []string, stdout, stderr io.Writer) (*scale, error) {
 	s := &scale{stdout: stdout, progress: stderr}
-	var chosen string
+	var chosen, over string
 	f := flag.NewFlagSet("bench "+name, flag.ContinueOnError)
 	f.SetOutput(stderr)
 	f.StringVar(&chosen, "sections", "", "`LIST` of what to measure, with commas; all: "+strings.Join(sections, ","))
@@ -61,6 +62,7 @@ func parseScaleFlags(name string, sections, args []string, stdout, stderr io.Wri
 	f.DurationVar(&s.idle, "idle", 62*time.Second, "how long to watch clusters that have nothing to do; peers look through all volumes once a minute")
 	s.size = 4 << 30
 	f.Var(&s.size, "size", "size of the volume that is overwritten; ten times as much is written, twice")
+	f.StringVar(&over, "overwrite", overLoads, "`LIST` of how it is overwritten: at random (uniform or skewed), compaction's target, depth")
 	f.StringVar(&s.dir, "dir", "/var/tmp", "where the data goes while it runs: a directory of the disk to be measured")
 	f.StringVar(&s.bin, "bin", "bin", "`DIR` of torusd, torusctl and torusblk")
 	f.StringVar(&s.profile, "cpuprofile", "", "`DIR` for CPU profiles of the idle clusters' processes")
@@ -79,6 +81,9 @@ func parseScaleFlags(name string, sections, args []string, stdout, stderr io.Wri
 	var err error
 	if s.sections, err = choose(sections, chosen); err != nil {
 		return nil, fmt.Errorf("--sections: %w", err)
+	}
+	if s.over, err = parseOverLoads(over); err != nil {
+		return nil, fmt.Errorf("--overwrite: %w", err)
 	}
 	for _, p := range []*string{&s.bin, &s.dir, &s.profile} { // what is started runs in another directory
 		if *p != "" {

@@ -5,9 +5,44 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 )
+
+// overLoads are what is measured unless something else is asked for: see overLoad.
+const overLoads = "uniform-0.75-32,uniform-0.7-32,skewed-0.7-32,uniform-0.7-64"
+
+// overLoad is one way to overwrite a volume: "uniform" or "skewed" (80 % of the writes to 20 % of the places), compaction's target, and the depth.
+type overLoad struct {
+	skewed      bool
+	utilisation string
+	depth       int
+}
+
+func parseOverLoads(list string) (l []overLoad, err error) {
+	for _, s := range strings.Split(list, ",") {
+		x := strings.Split(s, "-")
+		bad := fmt.Errorf("%q: want uniform or skewed, a utilisation above 0 and below 1, and a depth: uniform-0.7-32", s)
+		if len(x) != 3 || x[0] != "uniform" && x[0] != "skewed" {
+			return nil, bad
+		}
+		u, err := strconv.ParseFloat(x[1], 64)
+		depth, err2 := strconv.Atoi(x[2])
+		if err != nil || err2 != nil || u <= 0 || u >= 1 || depth < 1 {
+			return nil, bad
+		}
+		l = append(l, overLoad{x[0] == "skewed", x[1], depth})
+	}
+	return l, nil
+}
+
+func (x overLoad) String() string {
+	if x.skewed {
+		return "80 % to 20 %"
+	}
+	return "uniform"
+}
 
 // overTimes is how often a volume is overwritten.
 const overTimes = 10
@@ -16,27 +51,19 @@ const overTimes = 10
 func (s *scale) overwrite(ctx context.Context) error {
 	t := &table{
 		title: fmt.Sprintf("A volume of %v overwritten %d times", s.size, overTimes),
-		note: "4 KiB random writes, depth 32, as fast as they go, after the volume was filled. `stored` is what its blocks held by what was alive. `written` is what went to a replica's log, or was moved by compaction, for each byte that the client wrote. `without` is the rate of the same load " +
+		note: "4 KiB random writes, as fast as they go, after the volume was filled. `stored` is what its blocks held by what was alive. `written` is what went to a replica's log, or was moved by compaction, for each byte that the client wrote. `without` is the rate of the same load " +
 			"on the same volume afterwards, without compaction; `paced` are writes that had to wait for it.",
-		head: []string{"writes", "utilisation", "IOPS", "without", "ratio", "stored / live, most", "at the end", "written / byte", "moved / byte", "paced", "p99.9, µs"},
+		head: []string{"writes", "utilisation", "depth", "IOPS", "without", "ratio", "stored / live, most", "at the end", "written / byte", "moved / byte", "paced", "p99.9, µs"},
 	}
-	for _, x := range []struct {
-		name        string
-		skew        bool
-		utilisation string
-	}{
-		{"uniform", false, "0.75"},
-		{"uniform", false, "0.7"},
-		{"80 % to 20 %", true, "0.7"},
-	} {
-		if err := s.overwriteOnce(ctx, t, x.name, x.skew, x.utilisation); err != nil {
+	for _, x := range s.over {
+		if err := s.overwriteOnce(ctx, t, x); err != nil {
 			return err
 		}
 	}
 	return s.print(t)
 }
 
-func (s *scale) overwriteOnce(ctx context.Context, t *table, name string, skew bool, utilisation string) error {
+func (s *scale) overwriteOnce(ctx context.Context, t *table, x overLoad) error {
 	c, remove, err := s.cluster(ctx, clusterOptions{peers: 3, peerSize: 3*s.size + 4<<30})
 	if err != nil {
 		return err
@@ -45,9 +72,9 @@ func (s *scale) overwriteOnce(ctx context.Context, t *table, name string, skew b
 	if err := c.create(ctx, s.size, "v1"); err != nil {
 		return err
 	}
-	load := load{title: "overwrite", rw: "randwrite", bs: 4096, depth: 32, skew: skew, bytes: overTimes * s.size}
+	load := load{title: "overwrite", rw: "randwrite", bs: 4096, depth: x.depth, skew: x.skewed, bytes: overTimes * s.size}
 	uris := c.uris("v1")
-	if err := c.serve("--utilisation", utilisation); err != nil {
+	if err := c.serve("--utilisation", x.utilisation); err != nil {
 		return err
 	}
 	hold, err := c.attach(ctx, "v1")
@@ -88,8 +115,8 @@ func (s *scale) overwriteOnce(ctx context.Context, t *table, name string, skew b
 	bytes := float64(overTimes * s.size)
 	moved, log := client("torus_volume_moved_bytes_total")/bytes, client("torus_volume_log_bytes_total")/bytes
 	rate, before := with.IOPS, without.IOPS
-	s.say("%s at %s: %.0f IOPS, %.0f without; stored %.2f, written %.2f", name, utilisation, rate, before, most, log+moved)
-	t.add(name, utilisation, thousands(rate), thousands(before), hundredths(rate/before), hundredths(most), hundredths(last), hundredths(log+moved), hundredths(moved),
+	s.say("%v at %s, depth %d: %.0f IOPS, %.0f without; stored %.3f, written %.3f", x, x.utilisation, x.depth, rate, before, most, log+moved)
+	t.add(x.String(), x.utilisation, strconv.Itoa(x.depth), thousands(rate), thousands(before), hundredths(rate/before), strconv.FormatFloat(most, 'f', 3, 64), hundredths(last), hundredths(log+moved), hundredths(moved),
 		thousands(client("torus_volume_paced_writes_total")), thousands(with.LatencyUs.P999))
 	return nil
 }

@@ -26,7 +26,7 @@ func TestScaleFlags(t *testing.T) {
 		t.Errorf("--help: %v", err)
 	}
 	for args, want := range map[string]string{
-		"--sections disk": "load,size,map,idle,etcd,overwrite", "--seconds 0": "at least 1", "--idle 1ms": "at least", "extra": `"extra"`, "--nope": "bench scale --help",
+		"--sections disk": "load,size,map,idle,etcd,overwrite", "--seconds 0": "at least 1", "--overwrite uniform-1-32": "uniform-0.7-32", "--overwrite skewed-0.7": "skewed-0.7", "--idle 1ms": "at least", "extra": `"extra"`, "--nope": "bench scale --help",
 	} {
 		if _, err := parseScaleFlags("scale", scaleSections, strings.Fields(args), io.Discard, io.Discard); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want something of %q", args, err, want)

@@ -92,6 +92,9 @@ func (f *File) acknowledge() {
 		}
 		f.spareReqs = reqs[:0]
 	}
+	if moved {
+		f.gathered()
+	}
 	if moved && (len(f.waiters) > 0 || f.unflushed >= f.cfg.RetainBytes/4) {
 		f.startSync()
 	}

@@ -42,12 +42,6 @@ type rec struct {
 func (r *rec) size() uint32 { return uint32(len(r.mem)) }
 func (r *rec) end() uint32  { return r.off + r.size() }
 
-// owe notes a write that is done when the record is acknowledged.
-func (r *rec) owe(q *device.Request, h *habit) {
-	r.reqs = append(r.reqs, q)
-	r.flush = r.flush || q.Flags&device.FUA != 0 || h.expectsFlush()
-}
-
 // page returns data page i.
 func (r *rec) page(i int) []byte {
 	return r.mem[record.HeaderSize+i*pageSize:][:pageSize:pageSize]

@@ -31,8 +31,9 @@ const (
 	compactWait = 5 * time.Second
 
 	// So far below its target, compaction does not make way for anybody any more, and those who write begin to wait for it: they may write paceMost bytes
-	// for each one that is moved, and paceLeast when it is paceTo below. Once a second they may write paceTick, come what may.
-	paceFrom, paceTo    = 0.01, 0.05
+	// for each one that is moved, and paceLeast when it is paceTo below. Once a second they may write paceTick, come what may. What has died counts until a
+	// checkpoint has given it back, as far as it is more than one always finds.
+	paceFrom, paceTo    = 0.01, 0.03
 	paceMost, paceLeast = 4, 0.5
 	paceTick            = 4 << 20
 	paceBurst           = 8 << 20
@@ -221,7 +222,7 @@ func (f *File) victims() (slots []uint32, pace float64) {
 	}
 	var l []candidate
 	var loose []uint32 // to be moved only because somebody has asked
-	var live, length uint64
+	var live, length, dying uint64
 	keep := newPins(f.state.VolumeState, 0)
 	lo := f.lowest()
 	for i := range f.table.e {
@@ -229,11 +230,15 @@ func (f *File) victims() (slots []uint32, pace float64) {
 		if e.used && e.live > 0 && isData(e.ref.Type) && e.ref.Volume != f.vol && !e.held && f.flattening && len(slots) < 16 && !f.avoids(uint32(i)) {
 			slots = append(slots, uint32(i))
 		}
-		if !e.used || e.live == 0 || !isData(e.ref.Type) || e.ref.Volume != f.vol || e.held || f.moves.at(uint32(i)) || f.avoids(uint32(i)) ||
+		if !e.used || !isData(e.ref.Type) || e.ref.Volume != f.vol || e.held || f.moves.at(uint32(i)) || f.avoids(uint32(i)) ||
 			e.ref.Type == torus.TypeBlock && uint64(e.ref.INode) == f.epoch && uint64(e.ref.Index) >= lo {
 			continue
 		}
 		if keep.need(&tableEntry{ref: e.ref, birth: e.birth, death: f.number + 1}) {
+			continue
+		}
+		if e.live == 0 {
+			dying += uint64(e.length)
 			continue
 		}
 		live += uint64(e.live)
@@ -258,7 +263,8 @@ func (f *File) victims() (slots []uint32, pace float64) {
 			dead -= int64(e.length - e.live)
 			moved += e.live
 		}
-		if below := target - float64(live)/float64(max(live, length-slack)); below > paceFrom && len(slots) > 0 {
+		spare := slack + f.checkpointBytes()/pageSize
+		if below := target - float64(live)/float64(max(live, length+dying-min(length+dying, spare))); below > paceFrom && len(slots) > 0 {
 			pace = max(paceLeast, paceMost-(paceMost-paceLeast)*(below-paceFrom)/(paceTo-paceFrom))
 		}
 	}

@@ -206,6 +206,7 @@ func (f *File) failUnsent() {
 		f.unflushed -= len(r.mem)
 		f.forget(r)
 	}
+	f.gathered()
 	if f.err == nil && f.sent < f.acked {
 		waiters := f.waiters
 		f.waiters = nil

@@ -15,6 +15,8 @@ const (
 	zeroPages = 64 << 20 / pageSize
 	// trimPages bounds one extent of a trim: 1 GiB, 512 leaves.
 	trimPages = 1 << 30 / pageSize
+	// gatherPages is when a record is large enough not to wait for more.
+	gatherPages = 32
 )
 
 // pending is a write that cannot begin yet. It owns a copy of the data, since Submit has returned.
@@ -268,7 +270,7 @@ func (f *File) put(r *device.Request, edges []edge) {
 	for _, e := range edges {
 		e.buf.Release()
 	}
-	rc.owe(r, &f.habit)
+	f.owe(rc, r)
 }
 
 func find(edges []edge, page uint64) *edge {
@@ -298,7 +300,7 @@ func (f *File) putZeroes(r *device.Request, edges []edge) {
 		to = (f.size + pageSize - 1) / pageSize
 	}
 	if from >= to {
-		rc.owe(r, &f.habit)
+		f.owe(rc, r)
 		return
 	}
 	kind := record.Trim
@@ -328,7 +330,7 @@ func (f *File) putRange(r *device.Request, first, last uint64, kind record.Kind)
 			f.seal()
 		}
 	}
-	rc.owe(r, &f.habit)
+	f.owe(rc, r)
 	if last-first0+1 > listPages {
 		f.seal()
 	}
@@ -366,8 +368,40 @@ func (f *File) room(pages int) *rec {
 
 func (f *File) sealDeferred() {
 	f.sealing = false
-	if f.building != nil {
+	if f.building != nil && !f.gathering() {
 		f.seal()
+	}
+}
+
+// gathering reports whether the record being built waits for more to come: it is small, and less than half as large as what is on its way. A record costs a page for its
+// header and a request at each replica, and is acknowledged after those before it in any case. It is looked at again when it has become large, or some of what is on its way has
+// arrived: it waits for part of a round trip.
+func (f *File) gathering() bool {
+	pages := f.building.hdr.Pages()
+	if f.building.flush || pages >= gatherPages {
+		return false
+	}
+	away := 0
+	for s := f.held + 1; s <= f.sent && pages >= away/2; s++ {
+		away += f.rec(s).hdr.Pages()
+	}
+	return pages < away/2
+}
+
+// owe notes a write that is done when record r, the newest, is acknowledged.
+func (f *File) owe(r *rec, q *device.Request) {
+	r.reqs = append(r.reqs, q)
+	r.flush = r.flush || q.Flags&device.FUA != 0 || f.habit.expectsFlush()
+	if r.flush || r.hdr.Pages() >= gatherPages {
+		f.gathered()
+	}
+}
+
+// gathered has the record being built sealed, or looked at again, as less is on its way now.
+func (f *File) gathered() {
+	if f.building != nil && !f.sealing {
+		f.sealing = true
+		f.loop.Defer(f.sealFn)
 	}
 }
 

@@ -1,0 +1,59 @@
+package file_test
+
+import (
+	"testing"
+	"time"
+
+	"github.com/coreos/torus"
+	"github.com/coreos/torus/device"
+)
+
+// Small writes wait for each other while much is on its way, and for nothing else: the first are sent at once, and so is one that is to be flushed.
+func TestGather(t *testing.T) {
+	r := newRig(t, 1, 3, 2, 8<<20)
+	c := r.attach(nil)
+	c.must(&device.Request{Op: device.Write, Data: pg(1, 1), Flags: device.FUA})
+	held := true
+	for _, p := range r.peers {
+		p.hold = func(q *torus.Request) bool { return held && q.Op == torus.OpAppend }
+	}
+	left, page := 0, uint64(0)
+	write := func(pages int, flags device.Flags) {
+		left++
+		q := &device.Request{Op: device.Write, Off: page * 4096, Len: uint64(pages) * 4096, Data: pg(9, pages), Flags: flags, Done: func(q *device.Request) {
+			if q.Err != nil {
+				t.Error(q.Err)
+			}
+			left--
+		}}
+		page += uint64(pages)
+		c.l.Post(func() { c.f.Submit(q) })
+		r.v.RunFor(time.Millisecond)
+	}
+	was := c.f.Stats().Records
+	for i, x := range []struct {
+		pages, records int
+		flags          device.Flags
+	}{
+		{1, 1, 0}, // nothing else is on its way
+		{1, 2, 0},
+		{8, 3, 0},
+		{1, 3, 0}, // 10 pages are
+		{1, 3, 0},
+		{1, 3, 0},
+		{1, 3, 0},
+		{1, 4, device.FUA},
+		{34, 5, 0},
+		{32, 6, 0},
+		{2, 6, 0},
+	} {
+		write(x.pages, x.flags)
+		if n := int(c.f.Stats().Records - was); n != x.records {
+			t.Fatalf("write %d: %d records were sent, want %d", i, n, x.records)
+		}
+	}
+	held = false
+	if !r.v.Run(func() bool { return left == 0 }, time.Second) {
+		t.Fatalf("%d writes are not done: nobody told the last ones that there is nothing more to wait for", left)
+	}
+}
