@@ -37,6 +37,7 @@ type rec struct {
 	reqs     []*device.Request // done when it is acknowledged
 	acked    bool
 	flush    bool // a flush is known or expected to follow
+	tail     bool // the rest of a write is in the record before
 }
 
 func (r *rec) size() uint32 { return uint32(len(r.mem)) }

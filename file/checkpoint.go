@@ -29,8 +29,12 @@ const (
 // fullCheckpoint is how often a checkpoint is made, if there is anything to commit, while the cluster is full, or somebody waits for a clone to be flat.
 const fullCheckpoint = time.Second
 
-// ckptPart is what part of the live data may be waiting for a checkpoint to be given back.
-const ckptPart = 32
+// ckptPart is what part of the live data may be waiting for a checkpoint to be given back; half of that while compaction is at work
+// and more is stored than it aims at by ckptHaste.
+const (
+	ckptPart  = 32
+	ckptHaste = 0.05
+)
 
 // checkpointPause is the least between two checkpoints.
 const checkpointPause = time.Second / 4
@@ -70,7 +74,11 @@ func (f *File) checkpointBytes() uint64 {
 	if f.cfg.Utilisation <= 0 || float64(stored) < float64(live)/f.cfg.Utilisation {
 		return f.cfg.CheckpointBytes
 	}
-	return min(f.cfg.CheckpointBytes, max(live/ckptPart, uint64(f.cfg.CompactSlack)*uint64(f.cfg.BlockSize)))
+	part := live / ckptPart
+	if f.compacting && float64(stored) > (1+ckptHaste)*float64(live)/f.cfg.Utilisation {
+		part /= 2
+	}
+	return min(f.cfg.CheckpointBytes, max(part, uint64(f.cfg.CompactSlack)*uint64(f.cfg.BlockSize)))
 }
 
 // frozen is a checkpoint being written: the map as it was at one moment.

@@ -34,7 +34,7 @@ const (
 	// for each one that is moved, and paceLeast when it is paceTo below. Once a second they may write paceTick, come what may. What has died counts until a
 	// checkpoint has given it back, as far as it is more than one always finds.
 	paceFrom, paceTo    = 0.01, 0.03
-	paceMost, paceLeast = 4, 0.5
+	paceMost, paceLeast = 4, 0.25
 	paceTick            = 4 << 20
 	paceBurst           = 8 << 20
 	// tightUtilisation: who asks for a volume to be compact has all blocks compacted that are less alive than this.
@@ -238,7 +238,9 @@ func (f *File) victims() (slots []uint32, pace float64) {
 			continue
 		}
 		if e.live == 0 {
-			dying += uint64(e.length)
+			if e.death == 0 { // else a checkpoint has found that it is to be kept
+				dying += uint64(e.length)
+			}
 			continue
 		}
 		live += uint64(e.live)
@@ -263,7 +265,9 @@ func (f *File) victims() (slots []uint32, pace float64) {
 			dead -= int64(e.length - e.live)
 			moved += e.live
 		}
-		spare := slack + f.checkpointBytes()/pageSize
+		lag := max(live/ckptPart, slack)
+		dying = min(dying, f.sinceCkpt/pageSize, 2*lag) // it is not for writers to wait for what a trim has killed, nor for an MDS that is away
+		spare := slack + lag
 		if below := target - float64(live)/float64(max(live, length+dying-min(length+dying, spare))); below > paceFrom && len(slots) > 0 {
 			pace = max(paceLeast, paceMost-(paceMost-paceLeast)*(below-paceFrom)/(paceTo-paceFrom))
 		}

@@ -44,8 +44,8 @@ func TestGather(t *testing.T) {
 		{1, 3, 0},
 		{1, 4, device.FUA},
 		{34, 5, 0},
-		{32, 6, 0},
-		{2, 6, 0},
+		{32, 7, 0}, // cut in two by the end of a block
+		{2, 7, 0},
 	} {
 		write(x.pages, x.flags)
 		if n := int(c.f.Stats().Records - was); n != x.records {
@@ -55,5 +55,27 @@ func TestGather(t *testing.T) {
 	held = false
 	if !r.v.Run(func() bool { return left == 0 }, time.Second) {
 		t.Fatalf("%d writes are not done: nobody told the last ones that there is nothing more to wait for", left)
+	}
+}
+
+// A write that the end of a block cuts in two does not wait for itself.
+func TestGatherNotItself(t *testing.T) {
+	r := newRig(t, 1, 3, 2, 8<<20)
+	c := r.attach(nil)
+	c.must(&device.Request{Op: device.Write, Data: pg(1, 1), Flags: device.FUA})
+	held := true
+	for _, p := range r.peers {
+		p.hold = func(q *torus.Request) bool { return held && q.Op == torus.OpAppend }
+	}
+	was, done := c.f.Stats().Records, false
+	q := &device.Request{Op: device.Write, Len: 70 * 4096, Data: pg(2, 70), Done: func(*device.Request) { done = true }}
+	c.l.Post(func() { c.f.Submit(q) })
+	r.v.RunFor(time.Millisecond)
+	if n := c.f.Stats().Records - was; n != 2 {
+		t.Errorf("%d records were sent, want 2: a block has 64 pages", n)
+	}
+	held = false
+	if !r.v.Run(func() bool { return done }, time.Second) {
+		t.Fatal("the write is not done")
 	}
 }

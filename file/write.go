@@ -243,9 +243,13 @@ func (f *File) put(r *device.Request, edges []edge) {
 	off := r.Off
 	pages := int((off+r.Len-1)/pageSize - off/pageSize + 1)
 	var rc *rec
-	for len(data) > 0 {
+	var began uint64 // Records when the first of it was placed
+	for whole := len(data); len(data) > 0; {
 		page, in := off/pageSize, int(off%pageSize)
 		rc = f.room(pages)
+		if len(data) == whole {
+			began = f.stats.Records
+		}
 		n := min(len(data)/pageSize, rc.maxPages-rc.hdr.Pages())
 		if in != 0 || n == 0 { // covered in part
 			n = 1
@@ -270,6 +274,7 @@ func (f *File) put(r *device.Request, edges []edge) {
 	for _, e := range edges {
 		e.buf.Release()
 	}
+	rc.tail = rc.tail || f.stats.Records != began
 	f.owe(rc, r)
 }
 
@@ -377,8 +382,9 @@ func (f *File) sealDeferred() {
 // header and a request at each replica, and is acknowledged after those before it in any case. It is looked at again when it has become large, or some of what is on its way has
 // arrived: it waits for part of a round trip.
 func (f *File) gathering() bool {
-	pages := f.building.hdr.Pages()
-	if f.building.flush || pages >= gatherPages {
+	b := f.building
+	pages := b.hdr.Pages()
+	if b.flush || b.tail || b.large() || f.full {
 		return false
 	}
 	away := 0
@@ -392,9 +398,14 @@ func (f *File) gathering() bool {
 func (f *File) owe(r *rec, q *device.Request) {
 	r.reqs = append(r.reqs, q)
 	r.flush = r.flush || q.Flags&device.FUA != 0 || f.habit.expectsFlush()
-	if r.flush || r.hdr.Pages() >= gatherPages {
+	if r.flush || r.large() {
 		f.gathered()
 	}
+}
+
+// large reports whether a record is not to wait for more, or cannot have more.
+func (r *rec) large() bool {
+	return r.hdr.Pages() >= min(gatherPages, r.maxPages) || len(r.hdr.Extents) == record.MaxExtents
 }
 
 // gathered has the record being built sealed, or looked at again, as less is on its way now.
