@@ -8,7 +8,6 @@ import (
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/device"
 	"github.com/coreos/torus/file"
-	"github.com/coreos/torus/models"
 )
 
 // overwrite writes batches of 32 pages at places that draw chooses, one every so often, and looks at the volume now and then.
