@@ -31,8 +31,8 @@ const (
 	compactWait = 5 * time.Second
 
 	// So far below its target, compaction does not make way for anybody any more, and those who write begin to wait for it: they may write paceMost bytes
-	// for each one that is moved, and paceLeast when it is paceTo below. Once a second they may write paceTick, come what may. What has died counts until a
-	// checkpoint has given it back, as far as it is more than one always finds.
+	// for each one that is moved, and paceLeast when it is paceTo below. Once a second they may write paceTick, come what may. What has died and waits for a
+	// checkpoint counts as well, beyond what is always waiting for one (lag in victims).
 	paceFrom, paceTo    = 0.01, 0.025
 	paceMost, paceLeast = 4, 0.25
 	paceTick            = 4 << 20

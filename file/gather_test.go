@@ -8,15 +8,22 @@ import (
 	"github.com/coreos/torus/device"
 )
 
-// Small writes wait for each other while much is on its way, and for nothing else: the first are sent at once, and so is one that is to be flushed.
-func TestGather(t *testing.T) {
-	r := newRig(t, 1, 3, 2, 8<<20)
-	c := r.attach(nil)
+// holding attaches a volume whose peers answer no append until release is called.
+func holding(t *testing.T) (r *rig, c *client, release func()) {
+	t.Helper()
+	r = newRig(t, 1, 3, 2, 8<<20)
+	c = r.attach(nil)
 	c.must(&device.Request{Op: device.Write, Data: pg(1, 1), Flags: device.FUA})
 	held := true
 	for _, p := range r.peers {
 		p.hold = func(q *torus.Request) bool { return held && q.Op == torus.OpAppend }
 	}
+	return r, c, func() { held = false }
+}
+
+// Small writes wait for each other while much is on its way, and for nothing else: the first are sent at once, and so is one that is to be flushed.
+func TestGather(t *testing.T) {
+	r, c, release := holding(t)
 	left, page := 0, uint64(0)
 	write := func(pages int, flags device.Flags) {
 		left++
@@ -52,7 +59,7 @@ func TestGather(t *testing.T) {
 			t.Fatalf("write %d: %d records were sent, want %d", i, n, x.records)
 		}
 	}
-	held = false
+	release()
 	if !r.v.Run(func() bool { return left == 0 }, time.Second) {
 		t.Fatalf("%d writes are not done: nobody told the last ones that there is nothing more to wait for", left)
 	}
@@ -60,13 +67,7 @@ func TestGather(t *testing.T) {
 
 // A write that the end of a block cuts in two does not wait for itself.
 func TestGatherNotItself(t *testing.T) {
-	r := newRig(t, 1, 3, 2, 8<<20)
-	c := r.attach(nil)
-	c.must(&device.Request{Op: device.Write, Data: pg(1, 1), Flags: device.FUA})
-	held := true
-	for _, p := range r.peers {
-		p.hold = func(q *torus.Request) bool { return held && q.Op == torus.OpAppend }
-	}
+	r, c, release := holding(t)
 	was, done := c.f.Stats().Records, false
 	q := &device.Request{Op: device.Write, Len: 70 * 4096, Data: pg(2, 70), Done: func(*device.Request) { done = true }}
 	c.l.Post(func() { c.f.Submit(q) })
@@ -74,7 +75,7 @@ func TestGatherNotItself(t *testing.T) {
 	if n := c.f.Stats().Records - was; n != 2 {
 		t.Errorf("%d records were sent, want 2: a block has 64 pages", n)
 	}
-	held = false
+	release()
 	if !r.v.Run(func() bool { return done }, time.Second) {
 		t.Fatal("the write is not done")
 	}
