@@ -3,6 +3,7 @@
 package sim
 
 import (
+	"cmp"
 	"errors"
 	"io/fs"
 	"os"
@@ -22,6 +23,9 @@ func TestSocketsAllocations(t *testing.T) {
 	const (
 		ops   = 8192
 		limit = 0.5
+		// The client keeps what it has written until a background flush is done, 32 MiB at most. How much that is depends on the disk,
+		// so its pool of records may still be growing: to 4,096 of two pages, by four allocations each.
+		growing = 4 * 4096 / (limit * ops)
 	)
 	l, f := startSockets(t)
 	// Pools, map and blocks are then as they stay.
@@ -36,33 +40,19 @@ func TestSocketsAllocations(t *testing.T) {
 		if c.name == "cold read" {
 			dropCached(t, filepath.Dir(t.TempDir()))
 		}
-		before := allocations()
-		w.runOn(t, l, ops)
-		sides := map[string]float64{}
-		type place struct {
-			where string
-			n     float64
-		}
-		var places []place
-		for at, n := range allocations() {
-			if n -= before[at]; n > 0 {
-				side, where := sideOf(at)
-				if strings.Contains(where, "sim.allocations") {
-					continue // the counting itself
-				}
-				per := float64(n) / ops
-				sides[side] += per
-				places = append(places, place{where, per})
+		for round := 0; ; round++ {
+			sides, places := allocationsOf(ops, func() { w.runOn(t, l, ops) })
+			t.Logf("%v: allocations per operation: %.3f in the client, %.3f in the three peers, %.3f elsewhere", c, sides["client"], sides["peer"], sides[""])
+			if sides["client"] < limit && sides["peer"] < limit {
+				break
 			}
-		}
-		t.Logf("%v: allocations per operation: %.3f in the client, %.3f in the three peers, %.3f elsewhere", c, sides["client"], sides["peer"], sides[""])
-		if sides["client"] < limit && sides["peer"] < limit {
-			continue
-		}
-		t.Errorf("%v: more than %v allocations per operation on a side", c, limit)
-		slices.SortFunc(places, func(a, b place) int { return int(1e6 * (b.n - a.n)) })
-		for _, p := range places[:min(8, len(places))] {
-			t.Logf("%7.3f %s", p.n, p.where)
+			for _, p := range places[:min(8, len(places))] {
+				t.Logf("%7.3f %s", p.n, p.where)
+			}
+			if round == growing {
+				t.Errorf("%v: more than %v allocations per operation on a side", c, limit)
+				break
+			}
 		}
 	}
 }
@@ -82,6 +72,32 @@ func dropCached(t *testing.T, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// place is one in the program that allocates n times per operation.
+type place struct {
+	where string
+	n     float64
+}
+
+// allocationsOf counts the allocations for each of ops operations that run does, by side of the wire and by place, most first.
+func allocationsOf(ops int, run func()) (sides map[string]float64, places []place) {
+	before := allocations()
+	run()
+	sides = map[string]float64{}
+	for at, n := range allocations() {
+		if n -= before[at]; n > 0 {
+			side, where := sideOf(at)
+			if strings.Contains(where, "sim.allocations") {
+				continue // the counting itself
+			}
+			per := float64(n) / float64(ops)
+			sides[side] += per
+			places = append(places, place{where, per})
+		}
+	}
+	slices.SortFunc(places, func(a, b place) int { return cmp.Compare(b.n, a.n) })
+	return sides, places
 }
 
 type stack [32]uintptr
