@@ -164,7 +164,7 @@ func attach(t *loop.Task, cfg Config, o *opening) (_ *File, err error) {
 		cfg: cfg, loop: cfg.Loop, dist: cfg.Dist, log: cfg.Log, vol: torus.VolumeID(cfg.Volume.Id), size: cfg.Volume.SizeBytes,
 		repl: cfg.Replication, avoided: map[uint32]avoided{},
 	}
-	f.sealFn, f.errFn = f.sealDeferred, f.Err
+	f.sealFn, f.wearFn, f.errFn = f.sealDeferred, f.worn, f.Err
 	o.f = f
 	defer func() { o.f = nil }()
 	if o.cancelled {

@@ -33,10 +33,14 @@ const (
 	// So far below its target, compaction does not make way for anybody any more, and those who write begin to wait for it: they may write paceMost bytes
 	// for each one that is moved, and paceLeast when it is paceTo below. Once a second they may write paceTick, come what may. What has died and waits for a
 	// checkpoint counts as well, beyond what is always waiting for one (lag in victims).
-	paceFrom, paceTo    = 0.01, 0.025
+	paceFrom, paceTo    = 0.0075, 0.02
 	paceMost, paceLeast = 4, 0.25
 	paceTick            = 4 << 20
 	paceBurst           = 8 << 20
+	// pacePart is after what part of what is alive, but not less than paceBurst, the pace is found out anew.
+	pacePart = 512
+	// compactNap is how long compaction sleeps at most before it sees whether it has still time to.
+	compactNap = 10 * time.Millisecond
 	// tightUtilisation: who asks for a volume to be compact has all blocks compacted that are less alive than this.
 	tightUtilisation = 0.97
 	// roundPages bounds what is moved before it is found out anew what to move.
@@ -105,21 +109,32 @@ func (f *File) avoids(slot uint32) bool {
 	return ok
 }
 
-// compactAll compacts victims until there are none.
+// compactAll compacts victims until there are none. While it sets the pace, the next blocks are read as those before are moved.
 func (f *File) compactAll(t *loop.Task, slots []uint32) error {
+	var ahead *batch
+	defer func() {
+		if ahead != nil {
+			ahead.wait(t)
+			ahead.drop(f)
+		}
+	}()
 	for len(slots) > 0 {
-		for ; len(slots) > 0; slots = f.still(slots) {
+		for ; len(slots) > 0 || ahead != nil; slots = f.still(slots) {
 			began, log := f.loop.Now(), f.stats.LogBytes
-			n, pages := 0, 0
-			for n < len(slots) && (n == 0 || pages+int(f.table.e[slots[n]].live) <= compactPages) {
-				pages += int(f.table.e[slots[n]].live)
-				n++
+			b := ahead
+			if ahead = nil; b == nil {
+				b, slots = f.nextBatch(slots)
 			}
-			if err := f.compact(t, slots[:n]); err != nil {
+			b.wait(t)
+			if f.pace > 0 && len(slots) > 0 {
+				ahead, slots = f.nextBatch(slots)
+			}
+			err := f.move(t, b.l)
+			b.drop(f)
+			if err != nil {
 				return err
 			}
-			slots = slots[n:]
-			f.allow(int64(f.pace * float64(pages*pageSize)))
+			f.allow(int64(f.pace * float64(b.pages*pageSize)))
 			for f.err == nil && !f.closing && f.m.dirtyLeaves > f.m.maxLeaves/2 {
 				f.maybeCheckpoint()
 				t.Sleep(5 * time.Millisecond)
@@ -131,8 +146,10 @@ func (f *File) compactAll(t *loop.Task, slots []uint32) error {
 			if f.err != nil {
 				return f.err
 			}
-			if f.pace == 0 && f.stats.LogBytes != log {
-				t.Sleep(f.loop.Now() - began) // half of the time belongs to those who write
+			if f.stats.LogBytes != log {
+				for now := f.loop.Now(); f.pace == 0 && f.loop.Now() < now+now-began; { // half of the time belongs to those who write
+					t.Sleep(min(now-began, compactNap))
+				}
 			}
 		}
 		var pace float64
@@ -166,8 +183,23 @@ func (f *File) paced() bool { return f.pace > 0 && f.allowance <= 0 }
 
 // charge takes a request off what may be written: what it brings to store, and not what it trims or fills with zeroes, which may be a terabyte.
 func (f *File) charge(r *device.Request) {
-	if r.Op == device.Write {
-		f.allowance -= int64(r.Len)
+	if r.Op != device.Write {
+		return
+	}
+	f.allowance -= int64(r.Len)
+	if f.unseen -= int64(r.Len); f.unseen <= 0 {
+		live, _ := f.table.usage()
+		f.unseen = max(paceBurst, int64(live/pacePart))
+		f.loop.Defer(f.wearFn)
+	}
+}
+
+// worn finds out, after a part of the volume has been written, how worn its blocks are by now.
+func (f *File) worn() {
+	if !f.compacting {
+		f.maybeCompact()
+	} else if f.cfg.Utilisation > 0 {
+		f.setPace(f.paceAt(f.wear(nil)))
 	}
 }
 
@@ -212,8 +244,8 @@ func (f *File) still(slots []uint32) []uint32 {
 	})
 }
 
-// victims returns what to compact, best first: as much as brings the data blocks to the target, and not more than some at once. What a
-// pin needs anyway is left alone. pace is how many bytes may be written meanwhile for each that is moved; see setPace.
+// victims returns what to compact, best first: as much as brings the data blocks to the target, and not more than some at once. pace is how many bytes may
+// be written meanwhile for each that is moved; see setPace.
 // To flatten a clone is to take what it has of its origin for victims, and to tighten a volume to take all that is not nearly whole, once.
 func (f *File) victims() (slots []uint32, pace float64) {
 	type candidate struct {
@@ -222,40 +254,25 @@ func (f *File) victims() (slots []uint32, pace float64) {
 	}
 	var l []candidate
 	var loose []uint32 // to be moved only because somebody has asked
-	var live, length, dying uint64
-	keep := newPins(f.state.VolumeState, 0)
-	lo := f.lowest()
-	for i := range f.table.e {
-		e := &f.table.e[i]
-		if e.used && e.live > 0 && isData(e.ref.Type) && e.ref.Volume != f.vol && !e.held && f.flattening && len(slots) < 16 && !f.avoids(uint32(i)) {
-			slots = append(slots, uint32(i))
-		}
-		if !e.used || !isData(e.ref.Type) || e.ref.Volume != f.vol || e.held || f.moves.at(uint32(i)) || f.avoids(uint32(i)) ||
-			e.ref.Type == torus.TypeBlock && uint64(e.ref.INode) == f.epoch && uint64(e.ref.Index) >= lo {
-			continue
-		}
-		if keep.need(&tableEntry{ref: e.ref, birth: e.birth, death: f.number + 1}) {
-			continue
-		}
-		if e.live == 0 {
-			if e.death == 0 { // else a checkpoint has found that it is to be kept
-				dying += uint64(e.length)
+	if f.flattening {
+		for i := range f.table.e {
+			e := &f.table.e[i]
+			if e.used && e.live > 0 && isData(e.ref.Type) && e.ref.Volume != f.vol && !e.held && len(slots) < 16 && !f.avoids(uint32(i)) {
+				slots = append(slots, uint32(i))
 			}
-			continue
-		}
-		live += uint64(e.live)
-		length += uint64(e.length)
-		u := float64(e.live) / float64(e.length)
-		if u < tightUtilisation && e.birth < f.tighten {
-			loose = append(loose, uint32(i))
-		}
-		if u < 0.95 {
-			l = append(l, candidate{uint32(i), (1 - u) * float64(f.number-min(f.number, e.birth)+1) / (1 + u)})
 		}
 	}
+	w := f.wear(func(slot uint32, e *tableEntry) {
+		u := float64(e.live) / float64(e.length)
+		if u < tightUtilisation && e.birth < f.tighten {
+			loose = append(loose, slot)
+		}
+		if u < 0.95 {
+			l = append(l, candidate{slot, (1 - u) * float64(f.number-min(f.number, e.birth)+1) / (1 + u)})
+		}
+	})
 	target := f.cfg.Utilisation
-	slack := uint64(f.cfg.CompactSlack) * uint64(f.cfg.BlockSize) / pageSize
-	if dead := int64(length) - int64(float64(live)/target); target > 0 && dead > 0 && length-live >= slack {
+	if dead := int64(w.length) - int64(float64(w.live)/target); target > 0 && dead > 0 && w.length-w.live >= f.slack() {
 		slices.SortFunc(l, func(x, y candidate) int {
 			return cmp.Or(cmp.Compare(y.score, x.score), cmp.Compare(x.slot, y.slot))
 		})
@@ -265,11 +282,8 @@ func (f *File) victims() (slots []uint32, pace float64) {
 			dead -= int64(e.length - e.live)
 			moved += e.live
 		}
-		lag := max(live/ckptPart, slack)
-		dying = min(dying, f.sinceCkpt/pageSize, 2*lag) // it is not for writers to wait for what a trim has killed, nor for an MDS that is away
-		spare := slack + lag
-		if below := target - float64(live)/float64(max(live, length+dying-min(length+dying, spare))); below > paceFrom && len(slots) > 0 {
-			pace = max(paceLeast, paceMost-(paceMost-paceLeast)*(below-paceFrom)/(paceTo-paceFrom))
+		if len(slots) > 0 {
+			pace = f.paceAt(w)
 		}
 	}
 	if len(slots) == 0 {
@@ -281,28 +295,110 @@ func (f *File) victims() (slots []uint32, pace float64) {
 	return slots, pace
 }
 
-// compact moves what is alive in some blocks. One that cannot be read is avoided for a while, and is not an error.
-func (f *File) compact(t *loop.Task, slots []uint32) error {
-	for _, s := range slots { // nobody else gets their places in the table meanwhile
-		f.table.e[s].held = true
-		defer func() { f.table.e[s].held = false }()
-	}
-	var l []moving
-	for _, s := range slots {
-		got, err := f.alive(t, s)
-		if err != nil {
-			f.avoid(s, err)
+// wear is what the data blocks hold that compaction deals with, in pages: those of the volume itself that are not being written, nor needed by a pin anyway.
+type wear struct {
+	live, length uint64 // of those with something alive
+	dying        uint64 // length of those with nothing alive, which the next checkpoint gives back
+}
+
+// wear counts, and calls each, unless it is nil, for every block with something alive.
+func (f *File) wear(each func(slot uint32, e *tableEntry)) (w wear) {
+	keep := newPins(f.state.VolumeState, 0)
+	lo := f.lowest()
+	for i := range f.table.e {
+		e := &f.table.e[i]
+		if !e.used || !isData(e.ref.Type) || e.ref.Volume != f.vol || e.held || f.moves.at(uint32(i)) || f.avoids(uint32(i)) ||
+			e.ref.Type == torus.TypeBlock && uint64(e.ref.INode) == f.epoch && uint64(e.ref.Index) >= lo ||
+			keep.need(&tableEntry{ref: e.ref, birth: e.birth, death: f.number + 1}) {
 			continue
 		}
-		l = append(l, got...)
+		if e.live == 0 {
+			if e.death == 0 { // else a checkpoint has found that it is to be kept
+				w.dying += uint64(e.length)
+			}
+			continue
+		}
+		w.live += uint64(e.live)
+		w.length += uint64(e.length)
+		if each != nil {
+			each(uint32(i), e)
+		}
 	}
-	slices.SortFunc(l, func(x, y moving) int { return cmp.Compare(x.page, y.page) })
-	bufs := f.fetch(t, l)
-	err := f.move(t, slices.DeleteFunc(l, func(m moving) bool { return m.data == nil }))
-	for _, b := range bufs {
-		b.Release()
+	return w
+}
+
+// slack is how many dead pages are not worth the trouble.
+func (f *File) slack() uint64 {
+	return uint64(f.cfg.CompactSlack) * uint64(f.cfg.BlockSize) / pageSize
+}
+
+// paceAt is how many bytes may be written for each that is moved while the blocks are so worn; 0: any number.
+func (f *File) paceAt(w wear) float64 {
+	lag := max(w.live/ckptPart, f.slack())
+	dying := min(w.dying, f.sinceCkpt/pageSize, 2*lag) // it is not for writers to wait for what a trim has killed, nor for an MDS that is away
+	spare := f.slack() + lag
+	below := f.cfg.Utilisation - float64(w.live)/float64(max(1, w.live, w.length+dying-min(w.length+dying, spare)))
+	if below <= paceFrom {
+		return 0
 	}
-	return err
+	return max(paceLeast, paceMost-(paceMost-paceLeast)*(below-paceFrom)/(paceTo-paceFrom))
+}
+
+// batch is some blocks to be compacted, and what is alive in them.
+type batch struct {
+	slots []uint32
+	pages int // alive when it was begun
+	l     []moving
+	bufs  []*buf.Buf // what l lies in
+	ready bool
+	wake  func() // unless it is nil: of who waits for it
+}
+
+// nextBatch begins to read the first of some blocks, and returns the others. One that cannot be read is avoided for a while.
+func (f *File) nextBatch(slots []uint32) (b *batch, rest []uint32) {
+	b = &batch{}
+	n := 0
+	for n < len(slots) && (n == 0 || b.pages+int(f.table.e[slots[n]].live) <= compactPages) {
+		b.pages += int(f.table.e[slots[n]].live)
+		f.table.e[slots[n]].held = true // nobody else gets its place in the table meanwhile
+		n++
+	}
+	b.slots = slots[:n]
+	loop.Go(f.loop, func(t *loop.Task) {
+		for _, s := range b.slots {
+			got, err := f.alive(t, s)
+			if err != nil {
+				f.avoid(s, err)
+				continue
+			}
+			b.l = append(b.l, got...)
+		}
+		slices.SortFunc(b.l, func(x, y moving) int { return cmp.Compare(x.page, y.page) })
+		b.bufs = f.fetch(t, b.l)
+		b.l = slices.DeleteFunc(b.l, func(m moving) bool { return m.data == nil })
+		b.ready = true
+		if b.wake != nil {
+			b.wake()
+		}
+	})
+	return b, slots[n:]
+}
+
+// wait returns when what is alive has been read.
+func (b *batch) wait(t *loop.Task) {
+	if !b.ready {
+		t.Wait(func(wake func()) { b.wake = wake })
+	}
+}
+
+// drop lets go of the blocks, and of what has been read.
+func (b *batch) drop(f *File) {
+	for _, s := range b.slots {
+		f.table.e[s].held = false
+	}
+	for _, x := range b.bufs {
+		x.Release()
+	}
 }
 
 // alive finds the pages of a block that the map points to.
@@ -430,15 +526,15 @@ func (f *File) fetch(t *loop.Task, l []moving) (bufs []*buf.Buf) {
 			b := buf.Get(size)
 			bufs = append(bufs, b)
 			data := b.Bytes()[:size]
-			in := func(x int) []byte { return data[(l[x].from.page()-first.page())*pageSize:][:pageSize] }
-			f.readAt(first, data, nil, true, giveUp, func(*distributor.Read) bool {
-				return !slices.ContainsFunc(run, func(x int) bool { return record.Checksum(in(x)) != l[x].crc })
+			in := func(data []byte, x int) []byte { return data[(l[x].from.page()-first.page())*pageSize:][:pageSize] }
+			f.readAt(first, data, nil, true, giveUp, func(rd *distributor.Read) bool {
+				return !slices.ContainsFunc(run, func(x int) bool { return record.Checksum(in(rd.Data, x)) != l[x].crc })
 			}, func(rd *distributor.Read) {
 				if rd.Err != nil {
 					f.avoid(first.slot(), rd.Err)
 				} else {
 					for _, x := range run {
-						l[x].data = in(x)
+						l[x].data = in(data, x)
 					}
 				}
 				rd.Release()

@@ -190,6 +190,8 @@ type File struct {
 	avoided       map[uint32]avoided
 	pace          float64 // bytes that may be written for each that compaction moves; 0: any number
 	allowance     int64   // bytes that may be written now, if there is a pace
+	unseen        int64   // bytes that may be written before wearFn
+	wearFn        func()  // finds out how worn the blocks are
 	pinning       bool    // a moment is being pinned; see answer
 	listing       listing
 	sinceCkpt     uint64 // log bytes applied since the last checkpoint began

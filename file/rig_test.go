@@ -88,6 +88,7 @@ func (c *fakeConn) Submit(q *torus.Request) {
 	}
 	var serve func()
 	serve = func() {
+		q := x.Request
 		if c.p.hold != nil && (c.p.hold(q) || slices.Index(c.live, x) > slices.IndexFunc(c.live, func(y *flight) bool { return y.Ref == q.Ref })) {
 			c.l.After(time.Millisecond, serve)
 			return
@@ -103,6 +104,15 @@ func (c *fakeConn) Submit(q *torus.Request) {
 		q.Finish(c.p.serve(q))
 	}
 	c.l.After(at-c.l.Now(), serve)
+}
+
+// Replace implements distributor.Replacer.
+func (c *fakeConn) Replace(old, with *torus.Request) bool {
+	i := slices.IndexFunc(c.live, func(x *flight) bool { return x.Request == old })
+	if i >= 0 {
+		c.live[i].Request = with
+	}
+	return i >= 0
 }
 
 // crash closes the peer's connections. lose: power is lost as well.

@@ -378,16 +378,18 @@ func (f *File) sealDeferred() {
 	}
 }
 
-// gathering reports whether the record being built waits for more to come: it is small, and less than half as large as what is on its way. A record costs a page for its
-// header and a request at each replica, and is acknowledged after those before it in any case. It is looked at again when it has become large, or some of what is on its way has
-// arrived: it waits for part of a round trip.
+// gathering reports whether the record being built waits for more to come: it is small, and less than half as large as what is on its way; or, while
+// compaction sets the pace, anything is on its way. A record costs a page for its header and a request at each replica, and is acknowledged after those
+// before it in any case. It is looked at again when it has become large, or some of what is on its way has arrived: it waits for a round trip at most.
 func (f *File) gathering() bool {
 	b := f.building
-	pages := b.hdr.Pages()
 	if b.flush || b.tail || b.large() || f.full {
 		return false
 	}
-	away := 0
+	if f.pace > 0 {
+		return f.sent > f.held
+	}
+	pages, away := b.hdr.Pages(), 0
 	for s := f.held + 1; s <= f.sent && pages >= away/2; s++ {
 		away += f.rec(s).hdr.Pages()
 	}
