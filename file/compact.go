@@ -71,8 +71,13 @@ func (f *File) maybeCompact() {
 	f.compacting = true
 	f.setPace(pace)
 	loop.Go(f.loop, func(t *loop.Task) {
+		f.emptying = true
 		err := f.compactAll(t, slots)
+		f.emptying = false
 		f.setPace(0)
+		if err != nil {
+			f.compactAfter = f.loop.Now() + time.Second
+		}
 		if len(untidy) > 0 && !f.closing && f.err == nil {
 			f.tidy(t, untidy)
 		}
@@ -110,7 +115,7 @@ func (f *File) avoids(slot uint32) bool {
 }
 
 // compactAll compacts victims until there are none. While it sets the pace, the next blocks are read as those before are moved.
-func (f *File) compactAll(t *loop.Task, slots []uint32) error {
+func (f *File) compactAll(t *loop.Task, slots []victim) error {
 	var ahead *batch
 	defer func() {
 		if ahead != nil {
@@ -126,7 +131,7 @@ func (f *File) compactAll(t *loop.Task, slots []uint32) error {
 				b, slots = f.nextBatch(slots)
 			}
 			b.wait(t)
-			if f.pace > 0 && len(slots) > 0 {
+			if slots = f.still(slots); len(slots) > 0 && f.pace > 0 && !f.closing && f.err == nil {
 				ahead, slots = f.nextBatch(slots)
 			}
 			err := f.move(t, b.l)
@@ -147,7 +152,7 @@ func (f *File) compactAll(t *loop.Task, slots []uint32) error {
 				return f.err
 			}
 			if f.stats.LogBytes != log {
-				for now := f.loop.Now(); f.pace == 0 && f.loop.Now() < now+now-began; { // half of the time belongs to those who write
+				for now := f.loop.Now(); f.pace == 0 && !f.closing && f.err == nil && f.loop.Now() < now+now-began; { // half of the time belongs to those who write
 					t.Sleep(min(now-began, compactNap))
 				}
 			}
@@ -197,8 +202,10 @@ func (f *File) charge(r *device.Request) {
 // worn finds out, after a part of the volume has been written, how worn its blocks are by now.
 func (f *File) worn() {
 	if !f.compacting {
-		f.maybeCompact()
-	} else if f.cfg.Utilisation > 0 {
+		if f.loop.Now() >= f.compactAfter {
+			f.maybeCompact()
+		}
+	} else if f.emptying && f.cfg.Utilisation > 0 {
 		f.setPace(f.paceAt(f.wear(nil)))
 	}
 }
@@ -236,18 +243,24 @@ func (f *File) tight() {
 	})
 }
 
+// victim is a block to be compacted: the slot may be another's by the time it is its turn.
+type victim struct {
+	slot uint32
+	ref  torus.BlockRef
+}
+
 // still drops from a list of victims what has died in the meantime.
-func (f *File) still(slots []uint32) []uint32 {
-	return slices.DeleteFunc(slots, func(s uint32) bool {
-		e := &f.table.e[s]
-		return !e.used || e.live == 0 || !isData(e.ref.Type) || f.avoids(s)
+func (f *File) still(l []victim) []victim {
+	return slices.DeleteFunc(l, func(v victim) bool {
+		e := &f.table.e[v.slot]
+		return !e.used || e.ref != v.ref || e.live == 0 || f.avoids(v.slot)
 	})
 }
 
 // victims returns what to compact, best first: as much as brings the data blocks to the target, and not more than some at once. pace is how many bytes may
 // be written meanwhile for each that is moved; see setPace.
 // To flatten a clone is to take what it has of its origin for victims, and to tighten a volume to take all that is not nearly whole, once.
-func (f *File) victims() (slots []uint32, pace float64) {
+func (f *File) victims() (slots []victim, pace float64) {
 	type candidate struct {
 		slot  uint32
 		score float64
@@ -258,7 +271,7 @@ func (f *File) victims() (slots []uint32, pace float64) {
 		for i := range f.table.e {
 			e := &f.table.e[i]
 			if e.used && e.live > 0 && isData(e.ref.Type) && e.ref.Volume != f.vol && !e.held && len(slots) < 16 && !f.avoids(uint32(i)) {
-				slots = append(slots, uint32(i))
+				slots = append(slots, victim{uint32(i), e.ref})
 			}
 		}
 	}
@@ -278,7 +291,7 @@ func (f *File) victims() (slots []uint32, pace float64) {
 		})
 		for moved := uint32(0); len(l) > 0 && dead > 0 && moved < roundPages; l = l[1:] {
 			e := &f.table.e[l[0].slot]
-			slots = append(slots, l[0].slot)
+			slots = append(slots, victim{l[0].slot, e.ref})
 			dead -= int64(e.length - e.live)
 			moved += e.live
 		}
@@ -288,8 +301,9 @@ func (f *File) victims() (slots []uint32, pace float64) {
 	}
 	if len(slots) == 0 {
 		for moved := uint32(0); len(loose) > 0 && moved < roundPages; loose = loose[1:] {
-			slots = append(slots, loose[0])
-			moved += f.table.e[loose[0]].live
+			e := &f.table.e[loose[0]]
+			slots = append(slots, victim{loose[0], e.ref})
+			moved += e.live
 		}
 	}
 	return slots, pace
@@ -301,13 +315,13 @@ type wear struct {
 	dying        uint64 // length of those with nothing alive, which the next checkpoint gives back
 }
 
-// wear counts, and calls each, unless it is nil, for every block with something alive.
+// wear counts, and calls each, unless it is nil, for every block with something alive that nobody is at already.
 func (f *File) wear(each func(slot uint32, e *tableEntry)) (w wear) {
 	keep := newPins(f.state.VolumeState, 0)
 	lo := f.lowest()
 	for i := range f.table.e {
 		e := &f.table.e[i]
-		if !e.used || !isData(e.ref.Type) || e.ref.Volume != f.vol || e.held || f.moves.at(uint32(i)) || f.avoids(uint32(i)) ||
+		if !e.used || !isData(e.ref.Type) || e.ref.Volume != f.vol || f.moves.at(uint32(i)) || f.avoids(uint32(i)) ||
 			e.ref.Type == torus.TypeBlock && uint64(e.ref.INode) == f.epoch && uint64(e.ref.Index) >= lo ||
 			keep.need(&tableEntry{ref: e.ref, birth: e.birth, death: f.number + 1}) {
 			continue
@@ -320,7 +334,7 @@ func (f *File) wear(each func(slot uint32, e *tableEntry)) (w wear) {
 		}
 		w.live += uint64(e.live)
 		w.length += uint64(e.length)
-		if each != nil {
+		if each != nil && !e.held {
 			each(uint32(i), e)
 		}
 	}
@@ -334,6 +348,9 @@ func (f *File) slack() uint64 {
 
 // paceAt is how many bytes may be written for each that is moved while the blocks are so worn; 0: any number.
 func (f *File) paceAt(w wear) float64 {
+	if w.live == 0 {
+		return 0
+	}
 	lag := max(w.live/ckptPart, f.slack())
 	dying := min(w.dying, f.sinceCkpt/pageSize, 2*lag) // it is not for writers to wait for what a trim has killed, nor for an MDS that is away
 	spare := f.slack() + lag
@@ -346,7 +363,7 @@ func (f *File) paceAt(w wear) float64 {
 
 // batch is some blocks to be compacted, and what is alive in them.
 type batch struct {
-	slots []uint32
+	slots []victim
 	pages int // alive when it was begun
 	l     []moving
 	bufs  []*buf.Buf // what l lies in
@@ -355,20 +372,23 @@ type batch struct {
 }
 
 // nextBatch begins to read the first of some blocks, and returns the others. One that cannot be read is avoided for a while.
-func (f *File) nextBatch(slots []uint32) (b *batch, rest []uint32) {
+func (f *File) nextBatch(slots []victim) (b *batch, rest []victim) {
 	b = &batch{}
 	n := 0
-	for n < len(slots) && (n == 0 || b.pages+int(f.table.e[slots[n]].live) <= compactPages) {
-		b.pages += int(f.table.e[slots[n]].live)
-		f.table.e[slots[n]].held = true // nobody else gets its place in the table meanwhile
-		n++
+	for ; n < len(slots); n++ {
+		e := &f.table.e[slots[n].slot]
+		if n > 0 && b.pages+int(e.live) > compactPages {
+			break
+		}
+		b.pages += int(e.live)
+		e.held = true // nobody else gets its place in the table meanwhile
 	}
 	b.slots = slots[:n]
 	loop.Go(f.loop, func(t *loop.Task) {
-		for _, s := range b.slots {
-			got, err := f.alive(t, s)
+		for _, v := range b.slots {
+			got, err := f.alive(t, v.slot)
 			if err != nil {
-				f.avoid(s, err)
+				f.avoid(v.slot, err)
 				continue
 			}
 			b.l = append(b.l, got...)
@@ -393,8 +413,8 @@ func (b *batch) wait(t *loop.Task) {
 
 // drop lets go of the blocks, and of what has been read.
 func (b *batch) drop(f *File) {
-	for _, s := range b.slots {
-		f.table.e[s].held = false
+	for _, v := range b.slots {
+		f.table.e[v.slot].held = false
 	}
 	for _, x := range b.bufs {
 		x.Release()

@@ -27,3 +27,11 @@ func (f *File) Miscount(by int) {
 		}
 	}
 }
+
+// Pace is how many bytes may be written for each that compaction moves; 0: any number.
+func (f *File) Pace() float64 { return f.pace }
+
+func (f *File) SetPace(pace float64) { f.setPace(pace) }
+
+// Compacting reports whether compaction is at work.
+func (f *File) Compacting() bool { return f.compacting }

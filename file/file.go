@@ -183,11 +183,13 @@ type File struct {
 	moves         sideWriter // of compaction
 	checkpointing bool
 	compacting    bool
-	flattening    bool     // what is of the origin is being copied
-	tighten       uint64   // somebody has asked for the blocks listed before this INode to be compacted, all of them; 0: nobody
-	tightAsks     []uint64 // who has: Ask.compact
-	tidied        uint64   // the newest INode when nodes of metadata blocks were last called changed
+	flattening    bool          // what is of the origin is being copied
+	tighten       uint64        // somebody has asked for the blocks listed before this INode to be compacted, all of them; 0: nobody
+	tightAsks     []uint64      // who has: Ask.compact
+	tidied        uint64        // the newest INode when nodes of metadata blocks were last called changed
+	compactAfter  time.Duration // loop time; it has failed, and housekeeping tries again
 	avoided       map[uint32]avoided
+	emptying      bool    // of compacting, the part that has a pace
 	pace          float64 // bytes that may be written for each that compaction moves; 0: any number
 	allowance     int64   // bytes that may be written now, if there is a pace
 	unseen        int64   // bytes that may be written before wearFn

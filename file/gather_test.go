@@ -80,3 +80,36 @@ func TestGatherNotItself(t *testing.T) {
 		t.Fatal("the write is not done")
 	}
 }
+
+// While compaction sets the pace, a small write waits for all that is on its way.
+func TestGatherWhilePaced(t *testing.T) {
+	r, c, release := holding(t)
+	left := 0
+	was := c.f.Stats().Records
+	write := func(page uint64, pages int) int {
+		left++
+		c.l.Post(func() {
+			c.f.SetPace(1)
+			c.f.Submit(&device.Request{Op: device.Write, Off: page * 4096, Len: uint64(pages) * 4096, Data: pg(9, pages), Done: func(*device.Request) { left-- }})
+		})
+		r.v.RunFor(time.Millisecond)
+		return int(c.f.Stats().Records - was)
+	}
+	if n := write(0, 1); n != 1 {
+		t.Fatalf("%d records were sent, want 1: nothing was on its way", n)
+	}
+	if n := write(1, 8); n != 1 {
+		t.Errorf("%d records were sent, want 1", n)
+	}
+	if n := write(9, 32); n != 2 {
+		t.Errorf("%d records were sent, want 2: it is large", n)
+	}
+	write(41, 1)
+	release()
+	if !r.v.Run(func() bool { return left == 0 }, time.Second) {
+		t.Fatalf("%d writes are not done", left)
+	}
+	c.l.Post(func() { c.f.SetPace(0) })
+	r.v.RunFor(time.Millisecond)
+	c.detach()
+}

@@ -465,6 +465,9 @@ func (c *client) must(q *device.Request) {
 // detach closes the file in order.
 func (c *client) detach() {
 	c.r.t.Helper()
+	if c.f.Pace() > 0 && !c.f.Compacting() {
+		c.r.t.Error("there is a pace, and no compaction")
+	}
 	var err error
 	finished := false
 	c.l.Post(func() { c.f.Close(func(e error) { err, finished = e, true }) })
