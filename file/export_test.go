@@ -31,7 +31,8 @@ func (f *File) Miscount(by int) {
 // Pace is how many bytes may be written for each that compaction moves; 0: any number.
 func (f *File) Pace() float64 { return f.pace }
 
-func (f *File) SetPace(pace float64) { f.setPace(pace) }
+// SetEmptying has the volume write as it does while compaction empties blocks.
+func (f *File) SetEmptying(on bool) { f.emptying = on }
 
 // Compacting reports whether compaction is at work.
 func (f *File) Compacting() bool { return f.compacting }

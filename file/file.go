@@ -189,7 +189,7 @@ type File struct {
 	tidied        uint64        // the newest INode when nodes of metadata blocks were last called changed
 	compactAfter  time.Duration // loop time; it has failed, and housekeeping tries again
 	avoided       map[uint32]avoided
-	emptying      bool    // of compacting, the part that has a pace
+	emptying      bool    // of compacting, the part that empties blocks, and may have a pace
 	pace          float64 // bytes that may be written for each that compaction moves; 0: any number
 	allowance     int64   // bytes that may be written now, if there is a pace
 	unseen        int64   // bytes that may be written before wearFn

@@ -81,15 +81,15 @@ func TestGatherNotItself(t *testing.T) {
 	}
 }
 
-// While compaction sets the pace, a small write waits for all that is on its way.
-func TestGatherWhilePaced(t *testing.T) {
+// While compaction empties blocks, a small write waits for all that is on its way.
+func TestGatherWhileBlocksAreEmptied(t *testing.T) {
 	r, c, release := holding(t)
 	left := 0
 	was := c.f.Stats().Records
 	write := func(page uint64, pages int) int {
 		left++
 		c.l.Post(func() {
-			c.f.SetPace(1)
+			c.f.SetEmptying(true)
 			c.f.Submit(&device.Request{Op: device.Write, Off: page * 4096, Len: uint64(pages) * 4096, Data: pg(9, pages), Done: func(*device.Request) { left-- }})
 		})
 		r.v.RunFor(time.Millisecond)
@@ -109,7 +109,7 @@ func TestGatherWhilePaced(t *testing.T) {
 	if !r.v.Run(func() bool { return left == 0 }, time.Second) {
 		t.Fatalf("%d writes are not done", left)
 	}
-	c.l.Post(func() { c.f.SetPace(0) })
+	c.l.Post(func() { c.f.SetEmptying(false) })
 	r.v.RunFor(time.Millisecond)
 	c.detach()
 }
