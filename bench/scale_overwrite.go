@@ -52,7 +52,7 @@ func (s *scale) overwrite(ctx context.Context) error {
 	t := &table{
 		title: fmt.Sprintf("A volume of %v overwritten %d times", s.size, overTimes),
 		note: "4 KiB random writes, as fast as they go, after the volume was filled. `stored` is what its blocks held by what was alive. `written` is what went to a replica's log, or was moved by compaction, for each byte that the client wrote. `without` is the rate of the same load " +
-			"on the same volume afterwards, without compaction; `paced` are writes that had to wait for it.",
+			"on the same volume afterwards, until as much as it holds has been written, without compaction; `paced` are writes that had to wait for it.",
 		head: []string{"writes", "utilisation", "depth", "IOPS", "without", "ratio", "stored / live, most", "at the end", "written / byte", "moved / byte", "paced", "p99.9, µs"},
 	}
 	for _, x := range s.over {
@@ -103,8 +103,8 @@ func (s *scale) overwriteOnce(ctx context.Context, t *table, x overLoad) error {
 	if hold, err = c.attach(ctx, "v1"); err != nil {
 		return err
 	}
-	load.bytes = 0
-	without, err = c.run(ctx, load, uris, s.size, s.seconds, 2)
+	load.bytes = s.size
+	without, err = c.run(ctx, load, uris, s.size, 0, 2)
 	hold.release()
 	if err != nil {
 		return err
