@@ -78,7 +78,7 @@ func (f *File) checkpointBytes() uint64 {
 	if f.compacting && float64(stored) > (1+ckptHaste)*float64(live)/f.cfg.Utilisation {
 		part /= 2
 	}
-	return min(f.cfg.CheckpointBytes, max(part, uint64(f.cfg.CompactSlack)*uint64(f.cfg.BlockSize)))
+	return min(f.cfg.CheckpointBytes, max(part, f.slack()*pageSize))
 }
 
 // frozen is a checkpoint being written: the map as it was at one moment.

@@ -32,7 +32,7 @@ const (
 
 	// So far below its target, compaction does not make way for anybody any more, and those who write begin to wait for it: they may write paceMost bytes
 	// for each one that is moved, and paceLeast when it is paceTo below. Once a second they may write paceTick, come what may. What has died and waits for a
-	// checkpoint counts as well, beyond what is always waiting for one (lag in victims).
+	// checkpoint counts as well, beyond what is always waiting for one (lag in paceAt).
 	paceFrom, paceTo    = 0.0075, 0.02
 	paceMost, paceLeast = 4, 0.25
 	paceTick            = 4 << 20
@@ -114,7 +114,7 @@ func (f *File) avoids(slot uint32) bool {
 	return ok
 }
 
-// compactAll compacts victims until there are none. While it sets the pace, the next blocks are read as those before are moved.
+// compactAll compacts victims until there are none. While there is a pace the next blocks are read as those before are moved.
 func (f *File) compactAll(t *loop.Task, slots []victim) error {
 	var ahead *batch
 	defer func() {
@@ -354,7 +354,7 @@ func (f *File) paceAt(w wear) float64 {
 	lag := max(w.live/ckptPart, f.slack())
 	dying := min(w.dying, f.sinceCkpt/pageSize, 2*lag) // it is not for writers to wait for what a trim has killed, nor for an MDS that is away
 	spare := f.slack() + lag
-	below := f.cfg.Utilisation - float64(w.live)/float64(max(1, w.live, w.length+dying-min(w.length+dying, spare)))
+	below := f.cfg.Utilisation - float64(w.live)/float64(max(w.live, w.length+dying-min(w.length+dying, spare)))
 	if below <= paceFrom {
 		return 0
 	}

@@ -379,8 +379,9 @@ func (f *File) sealDeferred() {
 }
 
 // gathering reports whether the record being built waits for more to come: it is small, and less than half as large as what is on its way; or, while
-// blocks are emptied, anything is on its way. A record costs a page for its header, which is dead when compaction gets there, and a request at each replica,
-// and is acknowledged after those before it in any case. It is looked at again when it has become large, or some of what is on its way has arrived: it waits for a round trip at most.
+// blocks are emptied, anything is on its way. A record costs a page for its header, room that blocks being emptied are to win, and a request at each
+// replica, and is acknowledged after those before it in any case. It is looked at again when it has become large, or some of what is on its way has arrived:
+// it waits for a round trip at most.
 func (f *File) gathering() bool {
 	b := f.building
 	if b.flush || b.tail || b.large() || f.full {
