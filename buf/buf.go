@@ -2,7 +2,8 @@
 //
 // Small ones, of up to 64 KiB, are in a sync.Pool for each power of two: as cheap as can be, and the garbage collector
 // takes away what is not used. Larger ones are what makes the memory of a process. They are in lists of their own (large.go), in classes
-// an eighth apart, and Trim gives up those that were not needed lately, however seldom the collector runs.
+// an eighth apart, and Trim gives up those that were not needed lately, however seldom the collector runs. What is likely to go to another process on this
+// machine is best taken from memory that can be shared with it (shared.go).
 package buf
 
 import (
@@ -22,7 +23,8 @@ var small [maxShift - minShift + 1]sync.Pool
 // Buf is a page-aligned buffer with an owner: whoever holds it calls Release once.
 type Buf struct {
 	mem   []byte // whole, aligned
-	class int    // of small; len(small) and up: of large; < 0: none
+	class int    // of small, or of pool
+	pool  *pool  // nil: of small, or, if too large for any class, of none
 }
 
 // Get returns a buffer of at least n bytes with arbitrary contents.
@@ -46,9 +48,9 @@ func (b *Buf) Bytes() []byte { return b.mem }
 // Release gives the buffer back. It must not be used afterwards.
 func (b *Buf) Release() {
 	switch {
-	case b.class >= len(small):
-		putLarge(b)
-	case b.class >= 0:
+	case b.pool != nil:
+		b.pool.put(b)
+	case len(b.mem) <= 1<<maxShift:
 		small[b.class].Put(b)
 	}
 }

@@ -14,15 +14,19 @@ const (
 	smallPages       = 1 << (maxShift - minShift)
 )
 
-// large holds the free large buffers. One lock for a whole process will do: what is 64 KiB or more is copied at least once
+// pool holds free large buffers. One lock for a whole process will do: what is 64 KiB or more is copied at least once
 // by whoever asks for it, which takes a hundred times as long as the list does.
-var large struct {
+type pool struct {
 	sync.Mutex
 	free [largeClasses][]*Buf
-	// low is the least that free[c] has been since the last Trim: so many were not needed.
+	// low is the least that free[c] has been since the last trim: so many were not needed.
 	low [largeClasses]int
 	has [(largeClasses + 63) / 64]uint64 // bit c: free[c] is not empty
+	// drop is called with what is given up; nil: that is the garbage collector's.
+	drop func([]*Buf)
 }
+
+var large pool
 
 // largeClass returns the class of buffers of at least n > 64 KiB bytes, and their size; -1 if n is too much for any.
 func largeClass(n int) (c, size int) {
@@ -40,65 +44,76 @@ func largeClass(n int) (c, size int) {
 func getLarge(n int) *Buf {
 	c, size := largeClass(n)
 	if c < 0 {
-		return &Buf{mem: aligned(n), class: -1}
+		return &Buf{mem: aligned(n)}
 	}
-	// One that is up to twice as large will do as well.
-	large.Lock()
+	if b := large.get(c); b != nil {
+		return b
+	}
+	return &Buf{mem: aligned(size), class: c, pool: &large}
+}
+
+// get returns a free buffer of class c, or of up to twice its size, which will do as well; nil if there is none.
+func (p *pool) get(c int) *Buf {
+	p.Lock()
+	defer p.Unlock()
 	for i := c; i < min(c+classesPerOctave, largeClasses); i++ {
-		if w := large.has[i/64] >> (i % 64); w == 0 {
+		if w := p.has[i/64] >> (i % 64); w == 0 {
 			i += 63 - i%64
 			continue
 		} else if w&1 == 0 {
 			i += bits.TrailingZeros64(w) - 1
 			continue
 		}
-		l := large.free[i]
+		l := p.free[i]
 		b := l[len(l)-1]
 		l[len(l)-1] = nil
 		l = l[:len(l)-1]
-		large.free[i] = l
-		large.low[i] = min(large.low[i], len(l))
+		p.free[i] = l
+		p.low[i] = min(p.low[i], len(l))
 		if len(l) == 0 {
-			large.has[i/64] &^= 1 << (i % 64)
+			p.has[i/64] &^= 1 << (i % 64)
 		}
-		large.Unlock()
 		return b
 	}
-	large.Unlock()
-	return &Buf{mem: aligned(size), class: len(small) + c}
+	return nil
 }
 
-func putLarge(b *Buf) {
-	c := b.class - len(small)
-	large.Lock()
-	large.free[c] = append(large.free[c], b)
-	large.has[c/64] |= 1 << (c % 64)
-	large.Unlock()
+func (p *pool) put(b *Buf) {
+	c := b.class
+	p.Lock()
+	p.free[c] = append(p.free[c], b)
+	p.has[c/64] |= 1 << (c % 64)
+	p.Unlock()
 }
 
 // Trim gives up those large buffers that have been free all the time since it was called last, and returns how many bytes that
-// were; the garbage collector has yet to find them. Called every now and then it bounds what is kept to what was in use at
+// were; the garbage collector has yet to find those that are not shared. Called every now and then it bounds what is kept to what was in use at
 // once in the time between.
-func Trim() int {
+func Trim() int { return large.trim() + shared.trim() }
+
+func (p *pool) trim() int {
 	dropped := 0
-	large.Lock()
-	defer large.Unlock()
-	for c := range large.free {
-		l := large.free[c]
-		n := large.low[c]
+	p.Lock()
+	defer p.Unlock()
+	for c := range p.free {
+		l := p.free[c]
+		n := p.low[c]
 		if n > 0 {
 			for _, b := range l[:n] { // the coldest
 				dropped += len(b.mem)
 			}
+			if p.drop != nil {
+				p.drop(l[:n])
+			}
 			kept := copy(l, l[n:])
 			clear(l[kept:])
 			l = l[:kept]
-			large.free[c] = l
+			p.free[c] = l
 			if kept == 0 {
-				large.has[c/64] &^= 1 << (c % 64)
+				p.has[c/64] &^= 1 << (c % 64)
 			}
 		}
-		large.low[c] = len(l)
+		p.low[c] = len(l)
 	}
 	return dropped
 }

@@ -87,7 +87,7 @@ func (f *File) newRec(want, most int) *rec {
 		if f.seg != nil {
 			f.seg.unref()
 		}
-		b := buf.Get(segmentSize)
+		b := buf.GetShared(segmentSize)
 		f.seg = &segment{b: b, mem: b.Bytes()[:segmentSize], refs: 1}
 	}
 	var r *rec
@@ -106,7 +106,7 @@ func (f *File) newRec(want, most int) *rec {
 
 // move gives the record memory of its own, so that another header can be put before the same pages.
 func (r *rec) move() {
-	b := buf.Get(len(r.mem))
+	b := buf.GetShared(len(r.mem))
 	s := &segment{b: b, mem: b.Bytes(), refs: 1}
 	s.used = copy(s.mem, r.mem)
 	r.mem = s.mem[:s.used:s.used]

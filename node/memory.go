@@ -18,9 +18,10 @@ const (
 	trimAtLeast = 4 << 20
 )
 
-// keepMemory sees to it that the process gives back memory that it does not need any more, until stop is called. GOGC and
+// keepMemory has buffers lie where other processes of this machine can read them (transport.Lender), and sees to it that the process gives back memory that it does not need any more, until stop is called. GOGC and
 // GOMEMLIMIT in the environment have their usual meaning.
 func keepMemory() (stop func() error) {
+	_ = buf.Share() // else what could be lent is sent
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}

@@ -39,6 +39,21 @@ type Handler interface {
 	Closed(s Stream, err error)
 }
 
+// Lender is a Stream whose ends may be on one machine, and then can read some of each other's memory: what is lent is copied once, by who
+// fetches it, rather than into the socket and out of it again. Where that is cannot be seen from the bytes of the stream; the
+// protocol above says it.
+type Lender interface {
+	Stream
+	// Lend reports where the other side can fetch b, if it can. b must not change until the other side has said that it has it, or
+	// the stream has closed.
+	Lend(b []byte) (at uint64, ok bool)
+	// CanFetch reports whether there is anything that Fetch can fetch from. It may become true until the first Data, and not later.
+	CanFetch() bool
+	// Fetch fills dst with what the other side has lent, once. An error means that it has not lent so much there, or that it has closed the stream:
+	// then what is in dst may be anything.
+	Fetch(dst []byte, at uint64) error
+}
+
 // Stream is one connection. What is written in one turn of the loop leaves in one writev at its end.
 type Stream interface {
 	// Write queues a copy of b. For headers.

@@ -55,6 +55,8 @@ type Network struct {
 	Window int
 	// Cuts is the probability with which what was written in one turn is cut in two, and again each rest; 1/4 at first.
 	Cuts float64
+	// Lending is the probability with which the ends of a new connection can lend to each other, wherever they are; 1/2 at first.
+	Lending float64
 }
 
 type direction struct{ from, to string }
@@ -76,6 +78,7 @@ func NewNetwork(v *loop.Virtual) *Network {
 		Local:   LinkConfig{Delay: 10 * time.Microsecond, Jitter: 10 * time.Microsecond},
 		Window:  256 << 10,
 		Cuts:    0.25,
+		Lending: 0.5,
 	}
 }
 

@@ -1,6 +1,8 @@
 package mem
 
 import (
+	"fmt"
+
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/buf"
 	"github.com/coreos/torus/loop"
@@ -42,7 +44,7 @@ type Stream struct {
 	eof     bool // behind all of that comes the end
 }
 
-var _ transport.Stream = (*Stream)(nil)
+var _ transport.Lender = (*Stream)(nil)
 
 // chunk is bytes to be sent, and the buffer to release when they have been.
 type chunk struct {
@@ -293,6 +295,33 @@ func (s *Stream) ReadInto(dst []byte, done func()) {
 		panic("mem: ReadInto twice, or outside of Data and done")
 	}
 	s.into, s.done = dst, done
+}
+
+// Lend implements transport.Lender.
+func (s *Stream) Lend(b []byte) (at uint64, ok bool) {
+	if !s.CanFetch() || s.phase != established {
+		return 0, false
+	}
+	c := s.c.lent
+	c.next += torus.PageSize
+	c.mem[c.next] = b
+	return c.next, true
+}
+
+// CanFetch implements transport.Lender.
+func (s *Stream) CanFetch() bool { return s.c != nil && s.c.lent != nil }
+
+// Fetch implements transport.Lender. What is fetched is what is there now.
+func (s *Stream) Fetch(dst []byte, at uint64) error {
+	if s.phase == gone || !s.out.dst.open() {
+		return torus.ErrClosed
+	}
+	if !s.CanFetch() || len(s.c.lent.mem[at]) != len(dst) {
+		return fmt.Errorf("%d bytes at %d have not been lent: %w", len(dst), at, torus.ErrInvalid)
+	}
+	copy(dst, s.c.lent.mem[at])
+	delete(s.c.lent.mem, at)
+	return nil
 }
 
 // Pause implements transport.Stream.

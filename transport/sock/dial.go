@@ -90,6 +90,7 @@ func (d *dialing) next() {
 	if !d.tcpOnly {
 		if fd := dialShort(sa); fd >= 0 {
 			tuneShort(fd)
+			d.s.lendable(fd)
 			d.await(fd)
 			return
 		}
@@ -157,6 +158,7 @@ func (d *dialing) Ready(uint32) {
 // failed ends one attempt. The next one, or the end, comes on a later turn.
 func (d *dialing) failed(err error) {
 	d.err = err
+	d.s.greeting = greeting{}
 	if d.reg != nil {
 		d.reg.Close()
 		d.reg = nil

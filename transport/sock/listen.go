@@ -188,6 +188,7 @@ func (ln *listener) accepted(fd int, sa unix.Sockaddr) {
 	switch {
 	case ln.isShort:
 		tuneShort(fd)
+		s.lendable(fd)
 	case ln.path == "":
 		s.remote = format(sa)
 		tune(fd, sa)

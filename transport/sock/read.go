@@ -126,7 +126,10 @@ func (s *stream) readv() (n, asked int, errno unix.Errno) {
 	}
 	iovecs = append(iovecs, iovec(in))
 	var r uintptr
-	if asked > longTransfer+inputSize {
+	if s.greeting.expect {
+		n, errno = s.receiveGreeting(iovecs)
+		r = uintptr(n)
+	} else if asked > longTransfer+inputSize {
 		r, _, errno = unix.Syscall(unix.SYS_READV, uintptr(s.reg.FD()), uintptr(unsafe.Pointer(&iovecs[0])), uintptr(len(iovecs)))
 	} else {
 		r, _, errno = unix.RawSyscall(unix.SYS_READV, uintptr(s.reg.FD()), uintptr(unsafe.Pointer(&iovecs[0])), uintptr(len(iovecs)))

@@ -10,6 +10,8 @@
 //	stream.go  life and death of a stream
 //	read.go    socket → Handler
 //	write.go   queue → socket
+//	shortcut.go unix sockets instead of TCP on one machine
+//	lend.go    memory that both ends can read
 package sock
 
 import (

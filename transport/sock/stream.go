@@ -43,6 +43,11 @@ type stream struct {
 	resuming   bool // readOn is posted
 	readOn     func()
 
+	// Memory of both sides, see lend.go.
+	greeting greeting
+	lends    bool   // the other side has our descriptor
+	theirs   []byte // that of the other side; nil: none
+
 	// Output, see write.go.
 	segments  []segment // segments[head:] wait to be sent
 	head      int
@@ -155,6 +160,7 @@ func (s *stream) release() {
 		s.dialing = nil
 	}
 	if s.reg != nil {
+		s.unlend()
 		s.reg.Close()
 		s.reg = nil
 	}

@@ -160,7 +160,7 @@ func (s *stream) cut(errno unix.Errno) {
 func (s *stream) send() (n, asked int, errno unix.Errno) {
 	fd := uintptr(s.reg.FD())
 	var r uintptr
-	if len(s.segments)-s.head == 1 {
+	if len(s.segments)-s.head == 1 && !s.greeting.send {
 		b := s.segments[s.head].b
 		asked = len(b)
 		p := uintptr(unsafe.Pointer(unsafe.SliceData(b)))
@@ -177,7 +177,10 @@ func (s *stream) send() (n, asked int, errno unix.Errno) {
 		}
 		hdr := unix.Msghdr{Iov: &iovecs[0]}
 		hdr.SetIovlen(len(iovecs))
-		if asked > longTransfer {
+		if s.greeting.send {
+			n, errno = s.sendGreeting(&hdr)
+			r = uintptr(n)
+		} else if asked > longTransfer {
 			r, _, errno = unix.Syscall(unix.SYS_SENDMSG, fd, uintptr(unsafe.Pointer(&hdr)), unix.MSG_NOSIGNAL)
 		} else {
 			r, _, errno = unix.RawSyscall(unix.SYS_SENDMSG, fd, uintptr(unsafe.Pointer(&hdr)), unix.MSG_NOSIGNAL)

@@ -214,13 +214,18 @@ func (c *Client) Submit(r *torus.Request) {
 	f := frame{op: uint8(r.Op), id: id, ref: r.Ref, epoch: r.Epoch, off: r.Off, len: r.Len}
 	switch r.Op {
 	case torus.OpAppend:
-		f.payload = uint32(len(r.Data))
-		f.len = f.payload
+		f.len = uint32(len(r.Data))
 		if r.Reserve {
 			f.flags = flagReserve
 		}
+		if !c.link.lends || !f.lend(c.link.lender, r.Data) {
+			f.payload = f.len
+		}
 	case torus.OpRead:
 		f.len = uint32(len(r.Data))
+		if c.link.fetches && len(r.Data) >= lendAtLeast {
+			f.flags = flagLent
+		}
 	}
 	f.put(&c.head)
 	c.link.s.Write(c.head[:])
@@ -289,6 +294,10 @@ type link struct {
 	why  error       // set when it has been given up
 	dial *loop.Timer // bounds dialling, up to the hello, and saying goodbye
 
+	lender  transport.Lender // nil: s is none
+	lends   bool             // the peer can fetch what we lend
+	fetches bool             // we can fetch what it lends
+
 	quiet  int  // ticks since the last sign of life
 	pinged bool // since then
 
@@ -338,6 +347,7 @@ func (k *link) send(f *frame) {
 // Opened implements transport.Handler.
 func (k *link) Opened(s transport.Stream) {
 	k.s = s
+	k.lender, _ = s.(transport.Lender)
 	if k.why != nil {
 		return
 	}
@@ -434,6 +444,11 @@ func (k *link) Data(_ transport.Stream, b []byte) (consumed, need int) {
 			k.refuse(err)
 			break
 		}
+		if f.flags&flagLent != 0 {
+			consumed += HeaderSize
+			k.fetch(&f, r)
+			continue
+		}
 		if f.payload == 0 {
 			consumed += HeaderSize
 			k.finish(&f, r, nil)
@@ -457,6 +472,16 @@ func (k *link) Data(_ transport.Stream, b []byte) (consumed, need int) {
 		return consumed + HeaderSize, 0
 	}
 	return len(b), 0
+}
+
+// fetch takes what the peer has lent in reply to a Read.
+func (k *link) fetch(f *frame, r *torus.Request) {
+	if err := f.fetch(k.lender, r.Data); err != nil {
+		k.fail(err) // the memory may be another's by now; nothing is wrong with what the peer stores
+		return
+	}
+	k.send(&frame{op: opReturn, id: f.id})
+	k.finish(f, r, nil)
 }
 
 // fill asks for the next part of a payload.
@@ -491,7 +516,9 @@ func expected(f *frame, r *torus.Request) error {
 	ok := f.payload == 0
 	switch {
 	case f.code != 0:
-		ok = f.payload <= maxText
+		ok = f.payload <= maxText && f.flags == 0
+	case f.flags&flagLent != 0: // flagsOf allows that to a Read only
+		ok = ok && len(r.Data) >= lendAtLeast
 	case r.Op == torus.OpRead:
 		ok = int(f.payload) == len(r.Data)
 	case r.Op == torus.OpScan:
@@ -547,6 +574,8 @@ func (k *link) onHello(f *frame, p []byte) {
 		return
 	}
 	k.dial.Stop()
+	k.lends = k.lender != nil && h.Features&featureFetch != 0
+	k.fetches = k.lender != nil && k.lender.CanFetch()
 	c.up, c.backoff, c.said = true, c.cfg.MinBackoff, ""
 	c.ticker = c.l.After(c.every, c.tickFn)
 	c.cfg.Log.Debug("connected to peer", "peer", c.cfg.Addr, "uuid", h.ID, "name", h.Name)

@@ -1,7 +1,9 @@
 package tdp
 
 import (
+	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/coreos/torus"
@@ -33,8 +35,19 @@ type conn struct {
 	part   int // bytes asked for by ReadInto
 	filled func()
 
+	// What is lent to the client, in the order of the replies, and how much that is.
+	lender    transport.Lender // nil: s is none
+	lent      []lent
+	lentBytes int
+
 	quiet time.Duration // silence of the client
 	busy  bool          // something was sent since the last tick
+}
+
+// lent is the payload of the reply to a Read, for the client to fetch.
+type lent struct {
+	id  uint32
+	buf *buf.Buf
 }
 
 // call is a request and, in time, its reply. It goes back to its server's free list.
@@ -42,6 +55,7 @@ type call struct {
 	req  torus.Request
 	conn *conn
 	id   uint32
+	lend bool     // the payload of the reply may be lent
 	buf  *buf.Buf // behind req.Data
 	size int      // bytes it counts for
 	next *call
@@ -51,6 +65,7 @@ type call struct {
 // Opened implements transport.Handler.
 func (c *conn) Opened(s transport.Stream) {
 	c.s = s
+	c.lender, _ = s.(transport.Lender)
 	c.at = len(c.srv.conns)
 	c.srv.conns = append(c.srv.conns, c)
 	c.srv.m.conns.Inc()
@@ -86,6 +101,10 @@ func (c *conn) Closed(_ transport.Stream, err error) {
 		srv.freeCall(c.fill)
 		c.fill = nil
 	}
+	for _, x := range c.lent {
+		x.buf.Release()
+	}
+	c.lent, c.lentBytes = nil, 0
 	srv.maybeClosed()
 }
 
@@ -155,6 +174,9 @@ func (c *conn) Data(_ transport.Stream, b []byte) (consumed, need int) {
 		c.quiet = 0
 	}
 	for c.why == nil {
+		if c.paused { // what is lent takes memory only when it is fetched
+			return consumed, HeaderSize
+		}
 		rest := b[consumed:]
 		if len(rest) < HeaderSize {
 			return consumed, HeaderSize
@@ -187,6 +209,11 @@ func (c *conn) Data(_ transport.Stream, b []byte) (consumed, need int) {
 			c.refuse(err)
 			break
 		}
+		if f.op == opReturn {
+			consumed += HeaderSize
+			c.returned(f.id)
+			continue
+		}
 		c.srv.m.requests.Inc()
 		c.srv.m.in.Add(float64(size))
 		consumed += HeaderSize
@@ -195,7 +222,7 @@ func (c *conn) Data(_ transport.Stream, b []byte) (consumed, need int) {
 			continue
 		}
 		q := c.srv.newCall(c)
-		q.id = f.id
+		q.id, q.lend = f.id, f.op == uint8(torus.OpRead) && f.flags&flagLent != 0
 		q.req = torus.Request{
 			Op: torus.Op(f.op), Ref: f.ref, Epoch: f.epoch, Off: f.off, Len: f.len,
 			Done: q.done, Peer: c.peer.ID,
@@ -204,9 +231,18 @@ func (c *conn) Data(_ transport.Stream, b []byte) (consumed, need int) {
 			q.req.Reserve = f.flags&flagReserve != 0
 			// The store wants whole pages in memory it may hand to the disk as they are, and may keep them
 			// for longer than this call: always a buffer of our own, aligned.
-			n := int(f.payload)
+			n := int(f.len)
 			q.buf = buf.Get(n)
 			q.req.Data = q.buf.Bytes()[:n]
+			if f.flags&flagLent != 0 {
+				if err := f.fetch(c.lender, q.req.Data); err != nil {
+					c.srv.freeCall(q)
+					c.unfetched(err)
+					break
+				}
+				c.enqueue(q)
+				continue
+			}
 			if len(b)-consumed < n {
 				c.fill, c.have = q, 0
 				c.fillMore()
@@ -233,12 +269,17 @@ func (c *conn) acceptable(f *frame) error {
 			return nil
 		}
 	case torus.OpAppend:
-		bad = f.payload == 0 || f.payload%torus.PageSize != 0 || f.len != f.payload
+		bad = f.len == 0 || f.len%torus.PageSize != 0 || f.len > MaxPayload
+		if f.flags&flagLent == 0 {
+			bad = bad || f.len != f.payload
+		} else {
+			bad = bad || f.payload != 0
+		}
 	case torus.OpRead, torus.OpScan:
 		bad = bad || f.len > MaxPayload
 	case torus.OpList:
 		bad = bad || f.len > MaxTails
-	case torus.OpSync, torus.OpFence, torus.OpSeal, torus.OpDelete, torus.OpVerify:
+	case torus.OpSync, torus.OpFence, torus.OpSeal, torus.OpDelete, torus.OpVerify, opReturn:
 	default:
 		return fmt.Errorf("unknown op %#x: %w", f.op, torus.ErrNotSupported)
 	}
@@ -310,7 +351,11 @@ func (c *conn) pump() {
 		q.next = nil
 		if q.req.Op == torus.OpRead {
 			n := int(q.req.Len)
-			q.buf = buf.Get(n)
+			if q.lend && n >= lendAtLeast && c.lentBytes < maxLent {
+				q.buf = buf.GetShared(n)
+			} else {
+				q.buf = buf.Get(n)
+			}
 			q.req.Data = q.buf.Bytes()[:n]
 		}
 		c.calls++
@@ -348,6 +393,14 @@ func (q *call) finished(r *torus.Request) {
 	case r.Err != nil:
 		c.sendError(&f, r.Err)
 	case r.Op == torus.OpRead:
+		if q.lend && c.lentBytes < maxLent && f.lend(c.lender, r.Data) {
+			c.lent = append(c.lent, lent{q.id, q.buf})
+			c.lentBytes += len(q.buf.Bytes())
+			q.buf = nil
+			c.send(&f)
+			srv.m.out.Add(float64(q.size))
+			break
+		}
 		f.payload = uint32(q.size)
 		c.send(&f)
 		if q.size > 0 {
@@ -367,6 +420,29 @@ func (q *call) finished(r *torus.Request) {
 	}
 	srv.freeCall(q)
 	c.pump()
+}
+
+// unfetched ends the connection as what the client lends cannot be had.
+func (c *conn) unfetched(err error) {
+	if !errors.Is(err, torus.ErrClosed) {
+		c.refuse(err)
+		return
+	}
+	c.why = err
+	c.s.Close()
+}
+
+// returned: the client has fetched what was lent to it in reply to a request.
+func (c *conn) returned(id uint32) {
+	i := slices.IndexFunc(c.lent, func(x lent) bool { return x.id == id })
+	if i < 0 {
+		c.refuse(fmt.Errorf("id %#x returned, of which nothing is lent: %w", id, torus.ErrInvalid))
+		return
+	}
+	b := c.lent[i].buf
+	c.lent = slices.Delete(c.lent, i, i+1)
+	c.lentBytes -= len(b.Bytes())
+	b.Release()
 }
 
 func (c *conn) sendError(f *frame, err error) {
@@ -398,7 +474,11 @@ func (c *conn) onHello(f *frame, p []byte) {
 		return
 	}
 	c.ready = true
-	c.s.Write(c.srv.hello)
+	mine := c.srv.cfg.Hello
+	if c.lender != nil && c.lender.CanFetch() {
+		mine.Features |= featureFetch
+	}
+	c.s.Write(mine.encode())
 	c.busy = true
 	c.srv.cfg.Log.Debug("client connected", "from", c.s.RemoteAddr(), "client", h.Name, "id", h.ID)
 }

@@ -4,9 +4,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/record"
+	"github.com/coreos/torus/transport"
 )
 
 const (
@@ -25,6 +27,7 @@ const (
 	// The ops of the protocol itself, beside those of torus.Op.
 	opHello   = 0x40 // the first frame, either way
 	opGoodbye = 0x41 // the last frame: why the sender closes
+	opReturn  = 0x42 // what was lent in reply to the request of this id has been fetched
 	opReply   = 0x80 // this bit marks the answer to a request
 )
 
@@ -44,8 +47,17 @@ const (
 	atCRC     = 60
 )
 
-// flagReserve, of an Append, is torus.Request.Reserve.
-const flagReserve = 1
+const (
+	// flagReserve, of an Append, is torus.Request.Reserve.
+	flagReserve = 1
+	// flagLent, of an Append or the reply to a Read: the payload is not sent but lent (transport.Lender), see frame.at. Of a Read: the reply may be.
+	flagLent = 2
+
+	// lendAtLeast is how much is lent rather than sent, in bytes.
+	lendAtLeast = 16 << 10
+	// maxLent bounds what a server has lent on one connection at a time. What is more is sent.
+	maxLent = 16 << 20
+)
 
 // frame is a decoded header. Its fields are those of torus.Request.
 type frame struct {
@@ -58,7 +70,7 @@ type frame struct {
 	epoch     uint64
 	off       uint32
 	len       uint32
-	sum       uint32 // CRC32C of the payload, 0 where that consists of pages
+	sum       uint32 // CRC32C of the payload, 0 where that consists of pages; the number of the page where what is lent begins
 	committed uint64
 	fence     uint64
 }
@@ -104,7 +116,7 @@ func (f *frame) parse(b []byte) error {
 		return errFrameCRC
 	}
 	flags := le.Uint16(b[atFlags:])
-	if flags != 0 && (flags != flagReserve || b[atOp] != uint8(torus.OpAppend)) {
+	if flags&^flagsOf(b[atOp]) != 0 {
 		return errFlags
 	}
 	*f = frame{
@@ -128,6 +140,39 @@ func (f *frame) parse(b []byte) error {
 		return errTooLong
 	}
 	return nil
+}
+
+// flagsOf returns the flags that frames of an op may have.
+func flagsOf(op uint8) uint16 {
+	switch op {
+	case uint8(torus.OpAppend):
+		return flagReserve | flagLent
+	case uint8(torus.OpRead), uint8(torus.OpRead) | opReply:
+		return flagLent
+	}
+	return 0
+}
+
+// lend has f say where b is lent; false if it has to be sent.
+func (f *frame) lend(l transport.Lender, b []byte) bool {
+	if l == nil || len(b) < lendAtLeast {
+		return false
+	}
+	at, ok := l.Lend(b)
+	if !ok || at%torus.PageSize != 0 || at/torus.PageSize > math.MaxUint32 {
+		return false
+	}
+	f.flags |= flagLent
+	f.sum = uint32(at / torus.PageSize)
+	return true
+}
+
+// fetch fills b with what f says is lent.
+func (f *frame) fetch(l transport.Lender, b []byte) error {
+	if l == nil || !l.CanFetch() {
+		return fmt.Errorf("lent memory on a connection without: %w", torus.ErrInvalid)
+	}
+	return l.Fetch(b, uint64(f.sum)*torus.PageSize)
 }
 
 // clip shortens the text of an error to what a frame may carry.

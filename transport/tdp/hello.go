@@ -14,6 +14,9 @@ const (
 	MaxVersion = 1
 )
 
+// featureFetch, of a server: it can fetch what the client lends.
+const featureFetch = 1
+
 // Role says which side of the protocol somebody is on.
 type Role uint8
 
@@ -39,13 +42,13 @@ type Hello struct {
 	ID          torus.PeerID // of the peer, or of the client process
 	Incarnation uint64       // differs with every start of the process
 	BlockSize   uint64       // bytes
-	Features    uint64       // bits for what is optional; none are defined yet
 	Name        string       // for logs, such as "torusd on host a"; 64 bytes at most
 
 	// Filled in by Dial, Serve and the decoder.
 	Role       Role
 	MinVersion uint16
 	MaxVersion uint16
+	Features   uint64 // bits for what is optional: featureFetch
 }
 
 const (

@@ -67,7 +67,6 @@ type Server struct {
 	cfg    ServerConfig
 	ln     transport.Listener
 	m      metrics
-	hello  []byte // our whole frame
 	conns  []*conn
 	free   *call // for reuse
 	calls  int   // with the store
@@ -90,7 +89,7 @@ func Serve(l loop.Loop, n transport.Network, addr string, cfg ServerConfig) (*Se
 	if err != nil {
 		return nil, fmt.Errorf("metrics of the TDP server: %w", err)
 	}
-	s := &Server{l: l, cfg: cfg, m: m, hello: cfg.Hello.encode()}
+	s := &Server{l: l, cfg: cfg, m: m}
 	s.ln, err = n.Listen(l, DialAddr(addr), s.accept)
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", addr, err)
