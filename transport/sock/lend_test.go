@@ -176,7 +176,7 @@ func TestLendAndClose(t *testing.T) {
 		}
 	}
 	t.Logf("%d fetched, %d refused", fetched.Load(), refused.Load())
-	if fetched.Load() < 600+100 || refused.Load() < 20 {
+	if fetched.Load() < 600+20 || refused.Load() < 20 {
 		t.Errorf("%d fetched, %d refused: the test tests nothing", fetched.Load(), refused.Load())
 	}
 }
