@@ -80,6 +80,9 @@ type Request struct {
 	Off   uint32 // bytes from the start of the block
 	Len   uint32 // bytes, or a count; see Op
 	Data  []byte // Append, Put: what to store, a multiple of PageSize. Read: where to put it. Scan: set by the store.
+	// Owner, of an Append, keeps Data as it is. Where it is nil, nobody looks at Data after Done; else somebody may who has called Retain, until
+	// Release: a peer on the same machine that was lent Data, and cannot be asked to give it back.
+	Owner Owner
 	// Reserve, of an Append or Put, lets it take one of the slots that a store keeps back from ordinary writes: for what a full
 	// cluster needs in order to be recovered, and to become less full.
 	Reserve bool
@@ -99,6 +102,12 @@ type Request struct {
 	Peer PeerID
 	Tag  uint64
 	User any
+}
+
+// Owner keeps memory from being used for something else until everybody who has called Retain has called Release. It belongs to a loop.
+type Owner interface {
+	Retain()
+	Release()
 }
 
 // Finish sets the result and calls Done. For implementations of BlockStore.

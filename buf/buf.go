@@ -25,6 +25,7 @@ type Buf struct {
 	mem   []byte // whole, aligned
 	class int    // of small, or of pool
 	pool  *pool  // nil: of small, or, if too large for any class, of none
+	more  int    // owners beside the first
 }
 
 // Get returns a buffer of at least n bytes with arbitrary contents.
@@ -45,9 +46,14 @@ func Get(n int) *Buf {
 // Bytes is the whole buffer, which may be longer than was asked for.
 func (b *Buf) Bytes() []byte { return b.mem }
 
-// Release gives the buffer back. It must not be used afterwards.
+// Retain adds an owner: Release has to be called once more. Owners beside the first must all be on one loop.
+func (b *Buf) Retain() { b.more++ }
+
+// Release gives the buffer back, unless it has other owners. The caller must not use it afterwards.
 func (b *Buf) Release() {
 	switch {
+	case b.more > 0:
+		b.more--
 	case b.pool != nil:
 		b.pool.put(b)
 	case len(b.mem) <= 1<<maxShift:

@@ -13,7 +13,7 @@ func (o *appendOp) done(q *torus.Request) {
 	f, b, i := o.f, o.blk, o.rep
 	end := q.Off + q.Len
 	o.seg.unref()
-	q.Data, o.blk, o.seg = nil, nil, nil
+	q.Data, q.Owner, o.blk, o.seg = nil, nil, nil, nil
 	f.freeOps = append(f.freeOps, o)
 	if b.dead || f.err != nil {
 		return

@@ -421,7 +421,7 @@ func (f *File) status(r *device.Request) {
 			x.Zero = data == nil
 			x.Hole = data == nil && kind == record.Trim
 			budget--
-		} else if n := f.m.hole(page); n > 0 && len(f.over.pages) == 0 && len(f.over.ranges) == 0 {
+		} else if n := f.m.hole(page); n > 0 && f.over.empty() {
 			x.Hole, x.Zero = true, true
 			stop = (page + n) * pageSize
 			budget -= 8

@@ -124,7 +124,7 @@ func (f *File) writeSide(t *loop.Task, recs []*sideRec) error {
 		for _, p := range r.blk.set {
 			reqs = append(reqs, &torus.Request{
 				Op: torus.OpAppend, Ref: r.blk.ref, Epoch: f.epoch, Off: r.off,
-				Len: uint32(len(r.mem())), Data: r.mem(), Peer: p, Reserve: r.blk.ref.Type != torus.TypeMoved,
+				Len: uint32(len(r.mem())), Data: r.mem(), Owner: r.b, Peer: p, Reserve: r.blk.ref.Type != torus.TypeMoved,
 			})
 		}
 	}

@@ -39,19 +39,25 @@ type Handler interface {
 	Closed(s Stream, err error)
 }
 
-// Lender is a Stream whose ends may be on one machine, and then can read some of each other's memory: what is lent is copied once, by who
-// fetches it, rather than into the socket and out of it again. Where that is cannot be seen from the bytes of the stream; the
-// protocol above says it.
+// Lender is a Stream whose ends may be on one machine, and then can read some of each other's memory: what is lent need not be copied into a socket and
+// out of it again. Where it is cannot be seen from the bytes of the stream; the protocol above says it.
 type Lender interface {
 	Stream
-	// Lend reports where the other side can fetch b, if it can. b must not change until the other side has said that it has it, or
-	// the stream has closed.
-	Lend(b []byte) (at uint64, ok bool)
-	// CanFetch reports whether there is anything that Fetch can fetch from. It may become true until the first Data, and not later.
-	CanFetch() bool
-	// Fetch fills dst with what the other side has lent, once. An error means that it has not lent so much there, or that it has closed the stream:
-	// then what is in dst may be anything.
-	Fetch(dst []byte, at uint64) error
+	// Lend lets the other side read b, and returns where it finds it; false if it cannot. b must not change, and owner, who sees to that, is
+	// released, once, when it is reclaimed; of what is not, when the other side has closed the stream too and given everything back, which for one that hangs
+	// may be never. id is the caller's name for it, and not that of anything else that is lent.
+	Lend(b []byte, id uint32, owner interface{ Release() }) (at uint64, ok bool)
+	// Reclaim ends what was lent as id, as the other side has said that it does not need it any more. False if nothing is.
+	Reclaim(id uint32) bool
+	// Lent is how many bytes are.
+	Lent() int
+	// CanBorrow reports whether there is anything that Borrow can find. It may become true until the first Data, and not later.
+	CanBorrow() bool
+	// Borrow returns n bytes that the other side has lent, to be read until GiveBack, even if the stream closes meanwhile. The error of what is not its memory
+	// wraps torus.ErrInvalid, that of a stream that has closed torus.ErrClosed.
+	Borrow(at uint64, n int) ([]byte, error)
+	// GiveBack is to be called once for each Borrow, before the other side is told so.
+	GiveBack()
 }
 
 // Stream is one connection. What is written in one turn of the loop leaves in one writev at its end.

@@ -11,14 +11,9 @@ type connection struct {
 	n      *Network
 	a, b   *Stream // a dialled
 	ab, ba *pipe
-	at     string   // the listener's name at b's host
-	lent   *lending // nil: they cannot lend
-}
-
-// lending is the memory that the ends of a connection have lent and that was not fetched yet.
-type lending struct {
-	mem  map[uint64][]byte // by place
-	next uint64
+	at     string // the listener's name at b's host
+	lends  bool   // its ends lend to each other
+	places uint64 // of what was lent
 }
 
 func newConnection(n *Network, from, to *Host) *connection {
@@ -28,9 +23,7 @@ func newConnection(n *Network, from, to *Host) *connection {
 	c.ab.reverse = c.ba
 	c.a = &Stream{host: from, c: c, out: c.ab}
 	c.b = &Stream{host: to, c: c, out: c.ba}
-	if n.rand.Float64() < n.Lending {
-		c.lent = &lending{mem: map[uint64][]byte{}}
-	}
+	c.lends = n.rand.Float64() < n.Lending
 	c.ab.src, c.ab.dst = c.a, c.b
 	c.ba.src, c.ba.dst = c.b, c.a
 	n.conns = append(n.conns, c)

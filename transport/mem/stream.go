@@ -2,6 +2,8 @@ package mem
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/buf"
@@ -32,6 +34,10 @@ type Stream struct {
 	queue    []chunk
 	queued   int
 	flushing bool // planned for the end of the turn
+
+	loans    map[uint32]loan
+	borrowed int  // pieces of what the other side has lent
+	crashed  bool // what is lent is nobody's any more
 
 	// Receiving.
 	kernel  []byte // arrived while paused
@@ -158,6 +164,7 @@ func (s *Stream) CloseAfterWrite() {
 
 // vanish ends the stream without its handler being called: its process is gone.
 func (s *Stream) vanish(tell bool) {
+	s.crashed, s.borrowed = true, 0
 	if tell && s.phase != dialling {
 		s.out.push(s.last())
 	}
@@ -201,6 +208,7 @@ func (s *Stream) bury() {
 	}
 	s.queue, s.queued, s.in, s.kernel, s.into, s.done = nil, 0, nil, nil, nil, nil
 	if s.c != nil {
+		s.c.settle()
 		s.c.n.forget(s.c)
 	}
 }
@@ -297,31 +305,90 @@ func (s *Stream) ReadInto(dst []byte, done func()) {
 	s.into, s.done = dst, done
 }
 
-// Lend implements transport.Lender.
-func (s *Stream) Lend(b []byte) (at uint64, ok bool) {
-	if !s.CanFetch() || s.phase != established {
-		return 0, false
-	}
-	c := s.c.lent
-	c.next += torus.PageSize
-	c.mem[c.next] = b
-	return c.next, true
+// loan is something that is lent. Whoever borrows it gets the lender's own memory.
+type loan struct {
+	b     []byte
+	at    uint64
+	owner interface{ Release() }
 }
 
-// CanFetch implements transport.Lender.
-func (s *Stream) CanFetch() bool { return s.c != nil && s.c.lent != nil }
+// Lend implements transport.Lender.
+func (s *Stream) Lend(b []byte, id uint32, owner interface{ Release() }) (at uint64, ok bool) {
+	if !s.CanBorrow() || s.phase != established {
+		return 0, false
+	}
+	if _, twice := s.loans[id]; twice {
+		panic("mem: lent twice under one id")
+	}
+	if s.loans == nil {
+		s.loans = map[uint32]loan{}
+	}
+	s.c.places += torus.PageSize
+	s.loans[id] = loan{b, s.c.places, owner}
+	return s.c.places, true
+}
 
-// Fetch implements transport.Lender. What is fetched is what is there now.
-func (s *Stream) Fetch(dst []byte, at uint64) error {
-	if s.phase == gone || !s.out.dst.open() {
-		return torus.ErrClosed
+// Reclaim implements transport.Lender.
+func (s *Stream) Reclaim(id uint32) bool {
+	x, ok := s.loans[id]
+	if ok {
+		delete(s.loans, id)
+		x.owner.Release()
 	}
-	if !s.CanFetch() || len(s.c.lent.mem[at]) != len(dst) {
-		return fmt.Errorf("%d bytes at %d have not been lent: %w", len(dst), at, torus.ErrInvalid)
+	return ok
+}
+
+// Lent implements transport.Lender.
+func (s *Stream) Lent() (n int) {
+	for _, x := range s.loans {
+		n += len(x.b)
 	}
-	copy(dst, s.c.lent.mem[at])
-	delete(s.c.lent.mem, at)
-	return nil
+	return n
+}
+
+// CanBorrow implements transport.Lender.
+func (s *Stream) CanBorrow() bool { return s.c != nil && s.c.lends }
+
+// Borrow implements transport.Lender.
+func (s *Stream) Borrow(at uint64, n int) ([]byte, error) {
+	if s.phase == gone {
+		return nil, torus.ErrClosed
+	}
+	if s.CanBorrow() {
+		for _, x := range s.out.dst.loans {
+			if x.at == at && len(x.b) == n {
+				s.borrowed++
+				return x.b, nil
+			}
+		}
+	}
+	return nil, fmt.Errorf("%d bytes at %d have not been lent: %w", n, at, torus.ErrInvalid)
+}
+
+// GiveBack implements transport.Lender.
+func (s *Stream) GiveBack() {
+	s.borrowed--
+	s.c.settle()
+}
+
+// settle gives back what was lent on a connection that has ended on both sides, once nothing of it is borrowed any more.
+func (c *connection) settle() {
+	for _, s := range []*Stream{c.a, c.b} {
+		if s.phase != gone || s.out.dst.phase != gone || s.out.dst.borrowed > 0 || len(s.loans) == 0 {
+			continue
+		}
+		loans := s.loans
+		s.loans = nil
+		if s.crashed {
+			continue
+		}
+		ids := slices.Sorted(maps.Keys(loans))
+		s.l.Post(func() {
+			for _, id := range ids {
+				loans[id].owner.Release()
+			}
+		})
+	}
 }
 
 // Pause implements transport.Stream.

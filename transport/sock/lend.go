@@ -7,24 +7,40 @@ import (
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/buf"
+	"github.com/coreos/torus/loop"
 	"github.com/coreos/torus/transport"
 	"golang.org/x/sys/unix"
 )
 
 // The ends of a shortcut can share memory. With its first bytes each sends the descriptor of the file in which its shared buffers lie (buf.Share), if it has
 // one and the other side is the superuser or the same user; the other side maps that, to read only. To lend is then to say where something
-// lies, and to fetch is to copy it from there: a quarter of what sending it through the socket costs (docs/performance.md).
+// lies: nothing is copied (docs/performance.md).
+//
+// Whoever has borrowed something does not close its socket, and does not shut it down, before it has given everything back. So a socket on which the other side has
+// closed its half, or which has lost the other side altogether, since that was killed, tells its owner that what it has lent is its own again.
 
 var _ transport.Lender = (*stream)(nil)
-
-// fetchSize is how much is copied at a time. What is copied at once in pieces of a megabyte goes past the processor's caches, and who verifies it right after that has
-// to wait for it.
-const fetchSize = 64 << 10
 
 // greeting is what is left to be done of the exchange of descriptors.
 type greeting struct {
 	send   bool // ours has not been sent
 	expect bool // nothing has been received
+}
+
+// loan is something that is lent.
+type loan struct {
+	owner interface{ Release() }
+	size  int
+}
+
+// memory is that of both ends, as far as it is shared. It outlives its stream while something is lent or borrowed.
+type memory struct {
+	lends    bool // the other side has our descriptor
+	loans    map[uint32]loan
+	lent     int    // bytes of them
+	theirs   []byte // memory of the other side; nil: none
+	borrowed int    // pieces of it
+	parting  *parting
 }
 
 // lendable has s exchange descriptors, as the first thing that it does.
@@ -35,52 +51,112 @@ func (s *stream) lendable(fd int) {
 }
 
 // Lend implements transport.Lender.
-func (s *stream) Lend(b []byte) (at uint64, ok bool) {
-	if !s.lends || !s.writable() {
+func (s *stream) Lend(b []byte, id uint32, owner interface{ Release() }) (at uint64, ok bool) {
+	if !s.memory.lends || !s.writable() {
 		return 0, false
 	}
-	return buf.SharedAt(b)
-}
-
-// CanFetch implements transport.Lender.
-func (s *stream) CanFetch() bool { return s.theirs != nil }
-
-// Fetch implements transport.Lender.
-func (s *stream) Fetch(dst []byte, at uint64) error {
-	if s.closed {
-		return torus.ErrClosed
-	}
-	if size := uint64(len(s.theirs)); at > size || uint64(len(dst)) > size-at {
-		return fmt.Errorf("fetch from %s: %d bytes at %#x: %w", s.remote, len(dst), at, torus.ErrInvalid)
-	}
-	for n, from := 0, s.theirs[at:]; n < len(dst); {
-		n += copy(dst[n:min(n+fetchSize, len(dst))], from[n:])
-	}
-	// Whoever lends shuts the socket down before it uses the memory again, so that this tells.
-	fds := [1]unix.PollFd{{Fd: int32(s.reg.FD()), Events: unix.POLLRDHUP}}
-	for {
-		n, err := unix.Poll(fds[:], 0)
-		switch {
-		case err == unix.EINTR:
-		case err != nil:
-			return fmt.Errorf("fetch from %s: %w", s.remote, err)
-		case n > 0:
-			return fmt.Errorf("fetch from %s: it has closed the connection: %w", s.remote, torus.ErrClosed)
-		default:
-			return nil
+	if at, ok = buf.SharedAt(b); ok {
+		if s.memory.loans == nil {
+			s.memory.loans = map[uint32]loan{}
 		}
+		s.memory.loans[id] = loan{owner, len(b)}
+		s.memory.lent += len(b)
+	}
+	return at, ok
+}
+
+// Reclaim implements transport.Lender.
+func (s *stream) Reclaim(id uint32) bool {
+	x, ok := s.memory.loans[id]
+	if ok {
+		delete(s.memory.loans, id)
+		s.memory.lent -= x.size
+		x.owner.Release()
+	}
+	return ok
+}
+
+// Lent implements transport.Lender.
+func (s *stream) Lent() int { return s.memory.lent }
+
+// CanBorrow implements transport.Lender.
+func (s *stream) CanBorrow() bool { return s.memory.theirs != nil }
+
+// Borrow implements transport.Lender.
+func (s *stream) Borrow(at uint64, n int) ([]byte, error) {
+	if s.closed {
+		return nil, torus.ErrClosed
+	}
+	m := &s.memory
+	if size := uint64(len(m.theirs)); at > size || uint64(n) > size-at {
+		return nil, fmt.Errorf("borrow %d bytes at %#x from %s: %w", n, at, s.remote, torus.ErrInvalid)
+	}
+	m.borrowed++
+	return m.theirs[at:][:n:n], nil
+}
+
+// GiveBack implements transport.Lender.
+func (s *stream) GiveBack() {
+	m := &s.memory
+	if m.borrowed--; m.borrowed == 0 && m.parting != nil {
+		m.parting.gaveBack()
 	}
 }
 
-// unlend ends all of that. Nothing can be fetched any more from the moment that the socket is shut down, even if somebody has a copy of the descriptor.
-func (s *stream) unlend() {
-	if s.lends {
-		s.lends = false
-		_ = unix.Shutdown(s.reg.FD(), unix.SHUT_RDWR)
+// parting is the end of a connection on which something is still lent or borrowed. Its stream has been released already.
+type parting struct {
+	m   *memory
+	reg *loop.Registration
+}
+
+var _ loop.FD = (*parting)(nil)
+
+// part ends the life of the socket and of the memory, as soon as may be.
+func (s *stream) part() {
+	m := &s.memory
+	if m.borrowed == 0 && len(m.loans) == 0 {
+		m.unmap()
+		s.reg.Close()
+		return
 	}
-	if s.theirs != nil {
-		_ = unix.Munmap(s.theirs)
-		s.theirs = nil
+	s.reg.Remove()
+	p := &parting{m: m}
+	reg, err := s.sh.loop.Add(s.reg.FD(), unix.EPOLLRDHUP|unix.EPOLLET, p)
+	if err != nil { // out of memory: what is lent is lost, and the descriptor with it
+		return
+	}
+	p.reg, m.parting = reg, p
+	if m.borrowed == 0 {
+		p.gaveBack()
+	}
+}
+
+// gaveBack: nothing is borrowed any more.
+func (p *parting) gaveBack() {
+	p.m.unmap()
+	if len(p.m.loans) == 0 {
+		p.reg.Close()
+		return
+	}
+	_ = unix.Shutdown(p.reg.FD(), unix.SHUT_WR)
+}
+
+// Ready is called when the other side has nothing borrowed any more.
+func (p *parting) Ready(uint32) {
+	for id, x := range p.m.loans {
+		delete(p.m.loans, id)
+		x.owner.Release()
+	}
+	p.m.lent = 0
+	if p.m.borrowed == 0 {
+		p.reg.Close()
+	}
+}
+
+func (m *memory) unmap() {
+	if m.theirs != nil {
+		_ = unix.Munmap(m.theirs)
+		m.theirs = nil
 	}
 }
 
@@ -93,7 +169,7 @@ func (s *stream) sendGreeting(hdr *unix.Msghdr) (n int, errno unix.Errno) {
 	if errno != 0 {
 		return 0, errno
 	}
-	s.greeting.send, s.lends = false, true
+	s.greeting.send, s.memory.lends = false, true
 	return int(r), 0
 }
 
@@ -120,8 +196,8 @@ func (s *stream) receiveGreeting(iovecs []unix.Iovec) (n int, errno unix.Errno) 
 			continue
 		}
 		for _, fd := range fds {
-			if s.theirs == nil {
-				s.theirs = mapTheirs(fd)
+			if s.memory.theirs == nil {
+				s.memory.theirs = mapTheirs(fd)
 			}
 			unix.Close(fd)
 		}

@@ -1,6 +1,7 @@
 package sock
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/binary"
 	"errors"
@@ -8,7 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
-	"sync"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -43,145 +44,261 @@ var (
 	usedAgain = bytes.Repeat([]byte("!"), 1<<20)
 )
 
-// borrower fetches what each message of 16 bytes (place, length) says is lent, and answers with a byte.
+// borrower borrows what each message of 16 bytes (place, length) says is lent, keeps it for a while, and answers the last byte of it.
 type borrower struct {
-	t       *testing.T
-	fetched *atomic.Int64
-	refused *atomic.Int64
+	t         *testing.T
+	l         *loop.Epoll
+	keep      func() time.Duration // < 0: for ever
+	borrowed  *atomic.Int64
+	afterward *atomic.Int64 // given back when the connection had ended
+	closed    bool
 }
 
 func (h *borrower) Opened(transport.Stream)        {}
-func (h *borrower) Closed(transport.Stream, error) {}
+func (h *borrower) Closed(transport.Stream, error) { h.closed = true }
 func (h *borrower) Data(s transport.Stream, b []byte) (n int, need int) {
 	for ; len(b)-n >= 16; n += 16 {
 		at, size := binary.LittleEndian.Uint64(b[n:]), binary.LittleEndian.Uint64(b[n+8:])
-		dst := make([]byte, size)
-		err := s.(transport.Lender).Fetch(dst, at)
-		switch {
-		case err == nil:
-			h.fetched.Add(1)
-			if !bytes.Equal(dst, lentBytes[:size]) {
-				h.t.Errorf("fetched %d bytes that have been used again", size)
-			}
-		case errors.Is(err, torus.ErrClosed):
-			h.refused.Add(1)
-			return len(b), 0
-		default:
-			h.t.Errorf("fetch: %v", err)
+		if size == 0 {
+			s.Write([]byte{0})
+			continue
 		}
-		s.Write(b[n : n+1])
+		x := s.(transport.Lender)
+		mem, err := x.Borrow(at, int(size))
+		if err != nil {
+			h.t.Errorf("borrow: %v", err)
+			return len(b), 0
+		}
+		h.borrowed.Add(1)
+		if keep := h.keep(); keep >= 0 {
+			h.l.After(keep, func() {
+				if !bytes.Equal(mem, lentBytes[:size]) {
+					h.t.Errorf("%d bytes that were lent have been used again", size)
+				}
+				if h.closed {
+					h.afterward.Add(1)
+				}
+				x.GiveBack()
+				s.Write([]byte{1})
+			})
+		}
 	}
 	return n, 16
 }
 
-// lender lends its memory a few times, and fills it with something else as soon as it is closed.
+// lender lends its memory a few times, and fills it with something else as soon as it is its own again.
 type lender struct {
 	t      *testing.T
 	mem    []byte
-	end    func()
+	refs   int
+	lent   uint32
+	back   uint32
+	freed  func()
 	opened func(s transport.Stream)
-	got    int
-	fds    bool
+	got    bool
+	shares bool
 }
 
 func (h *lender) Opened(s transport.Stream) {
-	s.Write(make([]byte, 16)) // nothing, from nowhere; our descriptor goes with it
+	s.Write(make([]byte, 16)) // nothing; our descriptor goes with it
 	h.opened(s)
 }
-func (h *lender) Closed(transport.Stream, error) {
-	copy(h.mem, usedAgain)
-	h.end()
-}
+func (h *lender) Closed(transport.Stream, error) { h.Release() }
 func (h *lender) Data(s transport.Stream, b []byte) (int, int) {
-	h.got += len(b)
-	h.fds = s.(transport.Lender).CanFetch()
+	h.got = true
+	h.shares = s.(transport.Lender).CanBorrow()
+	for _, what := range b {
+		if what == 1 {
+			if !s.(transport.Lender).Reclaim(h.back) {
+				h.t.Errorf("nothing is lent as %d", h.back)
+			}
+			h.back++
+		}
+	}
 	return len(b), 0
 }
 
-func lendTo(s transport.Stream, mem []byte) bool {
-	at, ok := s.(transport.Lender).Lend(mem)
+// Release is the lender's as the owner of its memory.
+func (h *lender) Release() {
+	if h.refs--; h.refs == 0 {
+		copy(h.mem, usedAgain)
+		h.freed()
+	}
+}
+
+func (h *lender) lend(s transport.Stream) bool {
+	at, ok := s.(transport.Lender).Lend(h.mem, h.lent, h)
 	if !ok {
 		return false
 	}
+	h.lent++
+	h.refs++
 	var m [16]byte
 	binary.LittleEndian.PutUint64(m[:], at)
-	binary.LittleEndian.PutUint64(m[8:], uint64(len(mem)))
+	binary.LittleEndian.PutUint64(m[8:], uint64(len(h.mem)))
 	s.Write(m[:])
 	return true
 }
 
-// What is lent is fetched as it was, however soon the lender closes and uses the memory for something else: then it is not fetched.
-func TestLendAndClose(t *testing.T) {
-	if err := buf.Share(); err != nil {
-		t.Fatal(err)
+// lendAndClose dials at, lends h's memory four times and closes after a while; freed is called when it is its own again.
+func (h *lender) lendAndClose(l *loop.Epoll, at string, wait time.Duration, orderly bool) {
+	h.refs = 1
+	h.opened = func(s transport.Stream) {
+		var lent func()
+		lent = func() {
+			if !h.got { // it has our descriptor when it has answered
+				l.After(50*time.Microsecond, lent)
+				return
+			}
+			if !h.shares {
+				h.t.Error("the other side's descriptor has not come")
+			}
+			for range 4 {
+				if !h.lend(s) {
+					h.t.Error("what is shared cannot be lent")
+				}
+			}
+			l.After(wait, func() {
+				if orderly {
+					s.CloseAfterWrite()
+				} else {
+					s.Close()
+				}
+			})
+		}
+		lent()
 	}
-	here, there := running(t), running(t)
-	var fetched, refused atomic.Int64
+	l.Post(func() { New().Dial(l, at, h) })
+}
+
+// borrowing listens with borrowers.
+func borrowing(t *testing.T, l *loop.Epoll, made func() *borrower) string {
+	t.Helper()
 	addr := make(chan string, 1)
-	n := New()
-	there.Post(func() {
-		ln, err := n.Listen(there, "tcp://127.0.0.1:0", func(transport.Stream) transport.Handler {
-			return &borrower{t: t, fetched: &fetched, refused: &refused}
-		})
+	l.Post(func() {
+		ln, err := New().Listen(l, "tcp://127.0.0.1:0", func(transport.Stream) transport.Handler { return made() })
 		if err != nil {
 			t.Error(err)
 			close(addr)
 			return
 		}
-		t.Cleanup(func() { there.Post(func() { ln.Close() }) }) //nolint:errcheck // it does not fail
+		t.Cleanup(func() { l.Post(func() { ln.Close() }) }) //nolint:errcheck // it does not fail
 		addr <- ln.Addr()
 	})
-	at := <-addr
-	size := len(lentBytes)
-	rng := rand.New(rand.NewPCG(1, 2))
-	for round := range 600 {
-		b := buf.GetShared(size)
-		mem := b.Bytes()[:size]
+	return <-addr
+}
+
+// What is lent stays as it was until it has been given back, however the connection ends; and then it comes back.
+func TestLendAndClose(t *testing.T) {
+	if err := buf.Share(); err != nil {
+		t.Fatal(err)
+	}
+	here, there := running(t), running(t)
+	var borrowed, afterward atomic.Int64
+	rng, keep := rand.New(rand.NewPCG(1, 2)), rand.New(rand.NewPCG(3, 4))
+	at := borrowing(t, there, func() *borrower {
+		return &borrower{t: t, l: there, borrowed: &borrowed, afterward: &afterward, keep: func() time.Duration {
+			return time.Duration(keep.IntN(1<<keep.IntN(14))) * time.Microsecond
+		}}
+	})
+	for range 600 {
+		b := buf.GetShared(len(lentBytes))
+		mem := b.Bytes()[:len(lentBytes)]
 		copy(mem, lentBytes)
-		var ended sync.WaitGroup
-		ended.Add(1)
-		h := &lender{t: t, mem: mem, end: ended.Done}
-		wait := time.Duration(rng.IntN(1<<rng.IntN(14))) * time.Microsecond
-		orderly := rng.IntN(4) == 0
-		h.opened = func(s transport.Stream) {
-			var lent func()
-			lent = func() {
-				if h.got == 0 { // it has our descriptor when it has answered
-					here.After(50*time.Microsecond, lent)
-					return
-				}
-				if !h.fds {
-					t.Errorf("round %d: the other side's descriptor has not come", round)
-				}
-				for range 4 {
-					if !lendTo(s, mem) {
-						t.Error("what is shared cannot be lent")
-					}
-				}
-				here.After(wait, func() {
-					if orderly {
-						s.CloseAfterWrite()
-					} else {
-						s.Close()
-					}
-				})
-			}
-			lent()
+		freed := make(chan struct{})
+		h := &lender{t: t, mem: mem, freed: func() { close(freed) }}
+		h.lendAndClose(here, at, time.Duration(rng.IntN(1<<rng.IntN(14)))*time.Microsecond, rng.IntN(4) == 0)
+		select {
+		case <-freed:
+		case <-time.After(patience):
+			t.Fatal("what was lent did not come back")
 		}
-		here.Post(func() { n.Dial(here, at, h) })
-		ended.Wait()
 		b.Release()
 		if t.Failed() {
 			return
 		}
 	}
-	t.Logf("%d fetched, %d refused", fetched.Load(), refused.Load())
-	if fetched.Load() < 600+20 || refused.Load() < 20 {
-		t.Errorf("%d fetched, %d refused: the test tests nothing", fetched.Load(), refused.Load())
+	t.Logf("%d borrowed, %d given back after the end", borrowed.Load(), afterward.Load())
+	if borrowed.Load() < 200 || afterward.Load() < 50 {
+		t.Errorf("%d borrowed, %d given back after the end: the test tests nothing", borrowed.Load(), afterward.Load())
 	}
 }
 
-// Nothing is lent that is not shared, nor over TCP, nor to another user; what was not lent, or is beyond the end, cannot be fetched.
+// What a process that hangs has borrowed does not come back; what one that is killed had, does.
+func TestLentToTheDead(t *testing.T) {
+	if os.Getenv("TORUS_TEST_BORROWER") != "" {
+		if err := buf.Share(); err != nil {
+			t.Fatal(err)
+		}
+		l := running(t)
+		var n, after atomic.Int64
+		os.Stdout.WriteString("at " + borrowing(t, l, func() *borrower { //nolint:errcheck // the test notices
+			return &borrower{t: t, l: l, borrowed: &n, afterward: &after, keep: func() time.Duration {
+				os.Stdout.WriteString("borrowed\n") //nolint:errcheck // the test notices
+				return -1
+			}}
+		}) + "\n")
+		time.Sleep(time.Minute)
+		return
+	}
+	if err := buf.Share(); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("/proc/self/exe", "-test.run", "TestLentToTheDead", "-test.v")
+	cmd.Env = append(os.Environ(), "TORUS_TEST_BORROWER=1")
+	out, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()         //nolint:errcheck // it was killed
+	defer cmd.Process.Kill() //nolint:errcheck // it may have been
+	lines := bufio.NewScanner(out)
+	until := func(prefix string) string {
+		for lines.Scan() {
+			if rest, ok := strings.CutPrefix(lines.Text(), prefix); ok {
+				return rest
+			}
+		}
+		t.Fatalf("it never said %q", prefix)
+		return ""
+	}
+	at := until("at ")
+	l := running(t)
+	b := buf.GetShared(len(lentBytes))
+	defer b.Release()
+	mem := b.Bytes()[:len(lentBytes)]
+	copy(mem, lentBytes)
+	freed := make(chan struct{})
+	h := &lender{t: t, mem: mem, freed: func() { close(freed) }}
+	h.lendAndClose(l, at, 200*time.Millisecond, false)
+	until("borrowed")
+	select {
+	case <-freed:
+		t.Fatal("it came back from one that has it still")
+	case <-time.After(500 * time.Millisecond):
+	}
+	if err := cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-freed:
+		t.Fatal("it came back from one that is stopped")
+	case <-time.After(100 * time.Millisecond):
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-freed:
+	case <-time.After(patience):
+		t.Error("it did not come back from one that was killed")
+	}
+}
+
+// Nothing is lent that is not shared, nor over TCP, nor to another user; what was not lent, or is beyond the end, cannot be borrowed.
 func TestNotLent(t *testing.T) {
 	if err := buf.Share(); err != nil {
 		t.Fatal(err)
@@ -203,28 +320,31 @@ func TestNotLent(t *testing.T) {
 		}
 		for _, s := range []transport.Stream{here, there} {
 			x := s.(transport.Lender)
-			if _, ok := x.Lend(make([]byte, 1<<20)); ok {
+			if _, ok := x.Lend(make([]byte, 1<<20), 1, nil); ok {
 				t.Error("memory that is not shared was lent")
 			}
 			b := buf.GetShared(1 << 20)
-			if _, ok := x.Lend(b.Bytes()); ok == tcpOnly {
+			_, ok := x.Lend(b.Bytes()[:4096], 1, b)
+			if ok == tcpOnly || (x.Lent() == 4096) != ok || x.Reclaim(1) != ok || x.Reclaim(1) || x.Lent() != 0 {
 				t.Errorf("over TCP %v: lent %v", tcpOnly, ok)
 			}
-			b.Release()
-			if x.CanFetch() == tcpOnly {
-				t.Errorf("over TCP %v: can fetch %v", tcpOnly, x.CanFetch())
+			if !ok {
+				b.Release()
+			}
+			if x.CanBorrow() == tcpOnly {
+				t.Errorf("over TCP %v: can borrow %v", tcpOnly, x.CanBorrow())
 			}
 			for _, at := range []uint64{1 << 36, 1<<36 - 4095, 1 << 63, ^uint64(0)} {
-				if err := x.Fetch(make([]byte, 4096), at); !errors.Is(err, torus.ErrInvalid) {
-					t.Errorf("fetched from %#x: %v", at, err)
+				if _, err := x.Borrow(at, 4096); !errors.Is(err, torus.ErrInvalid) {
+					t.Errorf("borrowed from %#x: %v", at, err)
 				}
 			}
 		}
 		here.Close()
-		if err := here.(transport.Lender).Fetch(make([]byte, 1), 0); !errors.Is(err, torus.ErrClosed) {
-			t.Errorf("fetched after Close: %v", err)
+		if _, err := here.(transport.Lender).Borrow(0, 1); !errors.Is(err, torus.ErrClosed) {
+			t.Errorf("borrowed after Close: %v", err)
 		}
-		if _, ok := here.(transport.Lender).Lend(make([]byte, 1)); ok {
+		if _, ok := here.(transport.Lender).Lend(make([]byte, 1), 1, nil); ok {
 			t.Error("lent after Close")
 		}
 	}
@@ -289,7 +409,7 @@ func TestLentToNobodyElse(t *testing.T) {
 		if got := bytes.Contains(out.Bytes(), []byte("descriptors: 1")); got != (uid == 0) {
 			t.Errorf("user %d:\n%s", uid, &out)
 		}
-		if there == nil || there.(transport.Lender).CanFetch() {
+		if there == nil || there.(transport.Lender).CanBorrow() {
 			t.Errorf("user %d: what could shrink was mapped, or nobody has connected", uid)
 		}
 	}

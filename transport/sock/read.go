@@ -128,6 +128,7 @@ func (s *stream) readv() (n, asked int, errno unix.Errno) {
 	var r uintptr
 	if s.greeting.expect {
 		n, errno = s.receiveGreeting(iovecs)
+		asked = n // it ends where a descriptor came, and there may be more behind that
 		r = uintptr(n)
 	} else if asked > longTransfer+inputSize {
 		r, _, errno = unix.Syscall(unix.SYS_READV, uintptr(s.reg.FD()), uintptr(unsafe.Pointer(&iovecs[0])), uintptr(len(iovecs)))

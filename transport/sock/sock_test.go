@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/coreos/torus"
+	"github.com/coreos/torus/buf"
 	"github.com/coreos/torus/loop"
 	"github.com/coreos/torus/transport"
 	"github.com/coreos/torus/transport/transporttest"
@@ -90,6 +91,9 @@ func on(e *loop.Epoll, fn func()) {
 }
 
 func TestConformance(t *testing.T) {
+	if err := buf.Share(); err != nil { // shortcuts share memory
+		t.Fatal(err)
+	}
 	for name, addr := range map[string]func(t *testing.T) string{
 		"tcp4":      func(*testing.T) string { return "tcp://127.0.0.1:0" },
 		"tcp6":      func(*testing.T) string { return "tcp://[::1]:0" },

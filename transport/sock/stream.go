@@ -45,8 +45,7 @@ type stream struct {
 
 	// Memory of both sides, see lend.go.
 	greeting greeting
-	lends    bool   // the other side has our descriptor
-	theirs   []byte // that of the other side; nil: none
+	memory   memory
 
 	// Output, see write.go.
 	segments  []segment // segments[head:] wait to be sent
@@ -144,7 +143,7 @@ func (s *stream) end(err error) {
 // would send a reset, which may overtake our last words.
 func (s *stream) linger() {
 	s.end(torus.ErrClosed)
-	if s.atEOF || unix.Shutdown(s.reg.FD(), unix.SHUT_WR) != nil {
+	if s.atEOF || s.memory.borrowed > 0 || unix.Shutdown(s.reg.FD(), unix.SHUT_WR) != nil {
 		s.release()
 		return
 	}
@@ -160,8 +159,7 @@ func (s *stream) release() {
 		s.dialing = nil
 	}
 	if s.reg != nil {
-		s.unlend()
-		s.reg.Close()
+		s.part()
 		s.reg = nil
 	}
 	s.dropQueue()

@@ -218,12 +218,12 @@ func (c *Client) Submit(r *torus.Request) {
 		if r.Reserve {
 			f.flags = flagReserve
 		}
-		if !c.link.lends || !f.lend(c.link.lender, r.Data) {
+		if !c.link.lend(&f, r) {
 			f.payload = f.len
 		}
 	case torus.OpRead:
 		f.len = uint32(len(r.Data))
-		if c.link.fetches && len(r.Data) >= lendAtLeast {
+		if c.link.borrows && len(r.Data) >= lendAtLeast {
 			f.flags = flagLent
 		}
 	}
@@ -295,8 +295,8 @@ type link struct {
 	dial *loop.Timer // bounds dialling, up to the hello, and saying goodbye
 
 	lender  transport.Lender // nil: s is none
-	lends   bool             // the peer can fetch what we lend
-	fetches bool             // we can fetch what it lends
+	lends   bool             // the peer can borrow from us
+	borrows bool             // we can borrow from it
 
 	quiet  int  // ticks since the last sign of life
 	pinged bool // since then
@@ -446,7 +446,7 @@ func (k *link) Data(_ transport.Stream, b []byte) (consumed, need int) {
 		}
 		if f.flags&flagLent != 0 {
 			consumed += HeaderSize
-			k.fetch(&f, r)
+			k.borrow(&f, r)
 			continue
 		}
 		if f.payload == 0 {
@@ -474,12 +474,31 @@ func (k *link) Data(_ transport.Stream, b []byte) (consumed, need int) {
 	return len(b), 0
 }
 
-// fetch takes what the peer has lent in reply to a Read.
-func (k *link) fetch(f *frame, r *torus.Request) {
-	if err := f.fetch(k.lender, r.Data); err != nil {
-		k.fail(err) // the memory may be another's by now; nothing is wrong with what the peer stores
+// lend has f lend the Data of r rather than send it; false if that cannot be.
+func (k *link) lend(f *frame, r *torus.Request) bool {
+	if !k.lends || r.Owner == nil {
+		return false
+	}
+	r.Owner.Retain()
+	if !f.lend(k.lender, r.Data, r.Owner) {
+		r.Owner.Release()
+		return false
+	}
+	return true
+}
+
+// borrow takes what the peer has lent in reply to a Read.
+func (k *link) borrow(f *frame, r *torus.Request) {
+	b, err := f.borrow(k.lender)
+	if err != nil {
+		k.refuse(err)
 		return
 	}
+	// In pieces: what is copied at once in pieces of a megabyte goes past the processor's caches, and is about to be verified.
+	for n := 0; n < len(b); {
+		n += copy(r.Data[n:], b[n:min(n+borrowPiece, len(b))])
+	}
+	k.lender.GiveBack()
 	k.send(&frame{op: opReturn, id: f.id})
 	k.finish(f, r, nil)
 }
@@ -518,7 +537,7 @@ func expected(f *frame, r *torus.Request) error {
 	case f.code != 0:
 		ok = f.payload <= maxText && f.flags == 0
 	case f.flags&flagLent != 0: // flagsOf allows that to a Read only
-		ok = ok && len(r.Data) >= lendAtLeast
+		ok = ok && int(f.len) == len(r.Data)
 	case r.Op == torus.OpRead:
 		ok = int(f.payload) == len(r.Data)
 	case r.Op == torus.OpScan:
@@ -553,6 +572,9 @@ func (k *link) finish(f *frame, r *torus.Request, p []byte) {
 	}
 	r.Length, r.Fence, r.Committed = f.len, f.fence, f.committed
 	c.slots.drop(f.id)
+	if k.lends && r.Op == torus.OpAppend {
+		k.lender.Reclaim(f.id)
+	}
 	r.Finish(err)
 }
 
@@ -574,8 +596,8 @@ func (k *link) onHello(f *frame, p []byte) {
 		return
 	}
 	k.dial.Stop()
-	k.lends = k.lender != nil && h.Features&featureFetch != 0
-	k.fetches = k.lender != nil && k.lender.CanFetch()
+	k.lends = k.lender != nil && h.Features&featureBorrow != 0
+	k.borrows = k.lender != nil && k.lender.CanBorrow()
 	c.up, c.backoff, c.said = true, c.cfg.MinBackoff, ""
 	c.ticker = c.l.After(c.every, c.tickFn)
 	c.cfg.Log.Debug("connected to peer", "peer", c.cfg.Addr, "uuid", h.ID, "name", h.Name)

@@ -1,9 +1,7 @@
 package tdp
 
 import (
-	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/coreos/torus"
@@ -35,19 +33,10 @@ type conn struct {
 	part   int // bytes asked for by ReadInto
 	filled func()
 
-	// What is lent to the client, in the order of the replies, and how much that is.
-	lender    transport.Lender // nil: s is none
-	lent      []lent
-	lentBytes int
+	lender transport.Lender // nil: s is none
 
 	quiet time.Duration // silence of the client
 	busy  bool          // something was sent since the last tick
-}
-
-// lent is the payload of the reply to a Read, for the client to fetch.
-type lent struct {
-	id  uint32
-	buf *buf.Buf
 }
 
 // call is a request and, in time, its reply. It goes back to its server's free list.
@@ -56,7 +45,8 @@ type call struct {
 	conn *conn
 	id   uint32
 	lend bool     // the payload of the reply may be lent
-	buf  *buf.Buf // behind req.Data
+	lent bool     // req.Data is borrowed
+	buf  *buf.Buf // behind req.Data, else
 	size int      // bytes it counts for
 	next *call
 	done func(*torus.Request)
@@ -101,10 +91,6 @@ func (c *conn) Closed(_ transport.Stream, err error) {
 		srv.freeCall(c.fill)
 		c.fill = nil
 	}
-	for _, x := range c.lent {
-		x.buf.Release()
-	}
-	c.lent, c.lentBytes = nil, 0
 	srv.maybeClosed()
 }
 
@@ -174,7 +160,7 @@ func (c *conn) Data(_ transport.Stream, b []byte) (consumed, need int) {
 		c.quiet = 0
 	}
 	for c.why == nil {
-		if c.paused { // what is lent takes memory only when it is fetched
+		if c.paused {
 			return consumed, HeaderSize
 		}
 		rest := b[consumed:]
@@ -211,7 +197,9 @@ func (c *conn) Data(_ transport.Stream, b []byte) (consumed, need int) {
 		}
 		if f.op == opReturn {
 			consumed += HeaderSize
-			c.returned(f.id)
+			if c.lender == nil || !c.lender.Reclaim(f.id) {
+				c.refuse(fmt.Errorf("id %#x returned, of which nothing is lent: %w", f.id, torus.ErrInvalid))
+			}
 			continue
 		}
 		c.srv.m.requests.Inc()
@@ -231,18 +219,20 @@ func (c *conn) Data(_ transport.Stream, b []byte) (consumed, need int) {
 			q.req.Reserve = f.flags&flagReserve != 0
 			// The store wants whole pages in memory it may hand to the disk as they are, and may keep them
 			// for longer than this call: always a buffer of our own, aligned.
-			n := int(f.len)
-			q.buf = buf.Get(n)
-			q.req.Data = q.buf.Bytes()[:n]
 			if f.flags&flagLent != 0 {
-				if err := f.fetch(c.lender, q.req.Data); err != nil {
+				var err error
+				if q.req.Data, err = f.borrow(c.lender); err != nil {
 					c.srv.freeCall(q)
-					c.unfetched(err)
+					c.refuse(err)
 					break
 				}
+				q.lent = true
 				c.enqueue(q)
 				continue
 			}
+			n := int(f.len)
+			q.buf = buf.Get(n)
+			q.req.Data = q.buf.Bytes()[:n]
 			if len(b)-consumed < n {
 				c.fill, c.have = q, 0
 				c.fillMore()
@@ -351,7 +341,7 @@ func (c *conn) pump() {
 		q.next = nil
 		if q.req.Op == torus.OpRead {
 			n := int(q.req.Len)
-			if q.lend && n >= lendAtLeast && c.lentBytes < maxLent {
+			if q.lend && n >= lendAtLeast && c.lender != nil && c.lender.Lent() < maxLent {
 				q.buf = buf.GetShared(n)
 			} else {
 				q.buf = buf.Get(n)
@@ -393,10 +383,9 @@ func (q *call) finished(r *torus.Request) {
 	case r.Err != nil:
 		c.sendError(&f, r.Err)
 	case r.Op == torus.OpRead:
-		if q.lend && c.lentBytes < maxLent && f.lend(c.lender, r.Data) {
-			c.lent = append(c.lent, lent{q.id, q.buf})
-			c.lentBytes += len(q.buf.Bytes())
+		if q.lend && c.lender != nil && c.lender.Lent() < maxLent && f.lend(c.lender, r.Data, q.buf) {
 			q.buf = nil
+			f.len = uint32(q.size)
 			c.send(&f)
 			srv.m.out.Add(float64(q.size))
 			break
@@ -420,29 +409,6 @@ func (q *call) finished(r *torus.Request) {
 	}
 	srv.freeCall(q)
 	c.pump()
-}
-
-// unfetched ends the connection as what the client lends cannot be had.
-func (c *conn) unfetched(err error) {
-	if !errors.Is(err, torus.ErrClosed) {
-		c.refuse(err)
-		return
-	}
-	c.why = err
-	c.s.Close()
-}
-
-// returned: the client has fetched what was lent to it in reply to a request.
-func (c *conn) returned(id uint32) {
-	i := slices.IndexFunc(c.lent, func(x lent) bool { return x.id == id })
-	if i < 0 {
-		c.refuse(fmt.Errorf("id %#x returned, of which nothing is lent: %w", id, torus.ErrInvalid))
-		return
-	}
-	b := c.lent[i].buf
-	c.lent = slices.Delete(c.lent, i, i+1)
-	c.lentBytes -= len(b.Bytes())
-	b.Release()
 }
 
 func (c *conn) sendError(f *frame, err error) {
@@ -475,8 +441,8 @@ func (c *conn) onHello(f *frame, p []byte) {
 	}
 	c.ready = true
 	mine := c.srv.cfg.Hello
-	if c.lender != nil && c.lender.CanFetch() {
-		mine.Features |= featureFetch
+	if c.lender != nil && c.lender.CanBorrow() {
+		mine.Features |= featureBorrow
 	}
 	c.s.Write(mine.encode())
 	c.busy = true

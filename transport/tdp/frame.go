@@ -27,7 +27,7 @@ const (
 	// The ops of the protocol itself, beside those of torus.Op.
 	opHello   = 0x40 // the first frame, either way
 	opGoodbye = 0x41 // the last frame: why the sender closes
-	opReturn  = 0x42 // what was lent in reply to the request of this id has been fetched
+	opReturn  = 0x42 // what was lent in reply to the request of this id is not needed any more
 	opReply   = 0x80 // this bit marks the answer to a request
 )
 
@@ -50,11 +50,13 @@ const (
 const (
 	// flagReserve, of an Append, is torus.Request.Reserve.
 	flagReserve = 1
-	// flagLent, of an Append or the reply to a Read: the payload is not sent but lent (transport.Lender), see frame.at. Of a Read: the reply may be.
+	// flagLent, of an Append or the reply to a Read: length bytes of payload are not sent but lent (transport.Lender). Of a Read: the reply may be.
 	flagLent = 2
 
 	// lendAtLeast is how much is lent rather than sent, in bytes.
 	lendAtLeast = 16 << 10
+	// borrowPiece is how much is copied at a time.
+	borrowPiece = 64 << 10
 	// maxLent bounds what a server has lent on one connection at a time. What is more is sent.
 	maxLent = 16 << 20
 )
@@ -70,7 +72,7 @@ type frame struct {
 	epoch     uint64
 	off       uint32
 	len       uint32
-	sum       uint32 // CRC32C of the payload, 0 where that consists of pages; the number of the page where what is lent begins
+	sum       uint32 // CRC32C of the payload, 0 where that consists of pages; of what is lent, the page where it begins
 	committed uint64
 	fence     uint64
 }
@@ -153,26 +155,29 @@ func flagsOf(op uint8) uint16 {
 	return 0
 }
 
-// lend has f say where b is lent; false if it has to be sent.
-func (f *frame) lend(l transport.Lender, b []byte) bool {
+// lend has f say where b is lent, as f's id; false if it has to be sent, and then owner is not needed.
+func (f *frame) lend(l transport.Lender, b []byte, owner interface{ Release() }) bool {
 	if l == nil || len(b) < lendAtLeast {
 		return false
 	}
-	at, ok := l.Lend(b)
-	if !ok || at%torus.PageSize != 0 || at/torus.PageSize > math.MaxUint32 {
+	at, ok := l.Lend(b, f.id, owner)
+	if !ok {
 		return false
+	}
+	if at%torus.PageSize != 0 || at/torus.PageSize > math.MaxUint32 {
+		panic("tdp: what is lent does not begin with a page, or is too far away")
 	}
 	f.flags |= flagLent
 	f.sum = uint32(at / torus.PageSize)
 	return true
 }
 
-// fetch fills b with what f says is lent.
-func (f *frame) fetch(l transport.Lender, b []byte) error {
-	if l == nil || !l.CanFetch() {
-		return fmt.Errorf("lent memory on a connection without: %w", torus.ErrInvalid)
+// borrow returns what f says is lent, to be given back to l.
+func (f *frame) borrow(l transport.Lender) ([]byte, error) {
+	if l == nil {
+		return nil, fmt.Errorf("lent memory on a connection without: %w", torus.ErrInvalid)
 	}
-	return l.Fetch(b, uint64(f.sum)*torus.PageSize)
+	return l.Borrow(uint64(f.sum)*torus.PageSize, int(f.len))
 }
 
 // clip shortens the text of an error to what a frame may carry.

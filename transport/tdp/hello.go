@@ -14,8 +14,8 @@ const (
 	MaxVersion = 1
 )
 
-// featureFetch, of a server: it can fetch what the client lends.
-const featureFetch = 1
+// featureBorrow, of a server: it can borrow what the client lends.
+const featureBorrow = 1
 
 // Role says which side of the protocol somebody is on.
 type Role uint8
@@ -48,7 +48,7 @@ type Hello struct {
 	Role       Role
 	MinVersion uint16
 	MaxVersion uint16
-	Features   uint64 // bits for what is optional: featureFetch
+	Features   uint64 // bits for what is optional: featureBorrow
 }
 
 const (

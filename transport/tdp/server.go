@@ -169,11 +169,15 @@ func (s *Server) newCall(c *conn) *call {
 	return q
 }
 
-// freeCall puts q back, with its buffer.
+// freeCall puts q back, with its memory.
 func (s *Server) freeCall(q *call) {
 	if q.buf != nil {
 		q.buf.Release()
 		q.buf = nil
+	}
+	if q.lent {
+		q.conn.lender.GiveBack()
+		q.lent = false
 	}
 	q.req = torus.Request{}
 	q.conn, q.next = nil, s.free
