@@ -181,7 +181,7 @@ func (r *Read) overdue() {
 		h.r, h.buf = r, buf.Get(len(r.Data))
 		r.hedge = h
 		q := &h.req
-		q.Op, q.Ref, q.Off, q.Len, q.Peer, q.Epoch = torus.OpRead, r.Ref, r.Off, uint32(len(r.Data)), p, 0
+		q.Op, q.Ref, q.Off, q.Len, q.Peer, q.Epoch = torus.OpRead, r.Ref, r.Off, uint32(len(r.Data)), p, r.Epoch
 		q.Data = h.buf.Bytes()[:len(r.Data)]
 		d.Submit(p, q)
 		return

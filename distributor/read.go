@@ -30,6 +30,8 @@ type Read struct {
 	Err    error
 	// Wait: while a replica that might have the bytes is unreachable, keep trying rather than fail.
 	Wait bool
+	// Epoch, if not 0, is that of who reads from its own volume: a peer that has been promised to a newer one ends the read with ErrFenced.
+	Epoch uint64
 	// Until, if set, is asked before each round; an error ends the read with it.
 	Until func() error
 	User  any
@@ -43,6 +45,7 @@ type Read struct {
 	rounds  int
 	down    bool // a replica was unreachable in this round
 	corrupt bool
+	fenced  bool
 
 	// See hedge.go.
 	asking       bool   // req is under way
@@ -69,7 +72,7 @@ func (d *Distributor) NewRead() *Read {
 // Release gives a finished Read back for reuse.
 func (r *Read) Release() {
 	r.Data, r.Set, r.User, r.Err = nil, nil, nil, nil
-	r.Verify, r.Done, r.Wait, r.Until = nil, nil, false, nil
+	r.Verify, r.Done, r.Wait, r.Until, r.Epoch = nil, nil, false, nil, 0
 	r.d.reads = append(r.d.reads, r)
 }
 
@@ -77,7 +80,7 @@ func (r *Read) Release() {
 // preference, so that a block is cached by one peer rather than by all.
 func (r *Read) Start() {
 	r.d.m.blockRequests.Inc()
-	r.corrupt, r.Err, r.rounds = false, nil, 0
+	r.corrupt, r.fenced, r.Err, r.rounds = false, false, nil, 0
 	r.round()
 }
 
@@ -111,6 +114,10 @@ func (d *Distributor) preferred(set torus.PeerList) int {
 }
 
 func (r *Read) next() {
+	if r.fenced {
+		r.finish(r.Err)
+		return
+	}
 	for r.tried < len(r.Set)+len(r.more) || r.widen() {
 		p := r.at(r.tried)
 		r.tried++
@@ -119,7 +126,7 @@ func (r *Read) next() {
 			continue
 		}
 		r.req.Op, r.req.Ref, r.req.Off, r.req.Len = torus.OpRead, r.Ref, r.Off, uint32(len(r.Data))
-		r.req.Data, r.req.Peer, r.req.Epoch = r.Data, p, 0
+		r.req.Data, r.req.Peer, r.req.Epoch = r.Data, p, r.Epoch
 		r.asking = true
 		r.d.await(r)
 		r.d.Submit(p, &r.req)
@@ -211,6 +218,9 @@ func (r *Read) note(q *torus.Request) {
 		r.corrupt = true
 		r.d.m.corrupt.Inc()
 		r.d.complain(q.Peer, slog.LevelError, "replica answered wrong bytes", "block", r.Ref.String(), "offset", r.Off, "length", len(r.Data))
+	case r.fenced:
+	case errors.Is(q.Err, torus.ErrFenced):
+		r.fenced, r.Err = true, q.Err
 	case errors.Is(q.Err, torus.ErrNoPeer), errors.Is(q.Err, torus.ErrBlockUnavailable), errors.Is(q.Err, torus.ErrClosed), errors.Is(q.Err, torus.ErrAgain):
 		r.down = true
 	case errors.Is(q.Err, torus.ErrBlockNotExist): // it may be lost there, or have moved

@@ -211,6 +211,7 @@ func (f *File) inodePages(t *loop.Task, ref torus.BlockRef, x *models.Extent) (i
 	t.Wait(func(wake func()) {
 		rd := f.dist.NewRead()
 		rd.Ref, rd.Off, rd.Data, rd.Set, rd.Wait, rd.Until = ref, x.Offset-record.HeaderSize, b, f.dist.Set(ref, x.Set), true, f.errFn
+		rd.Epoch = f.epochFor(ref)
 		rd.Verify = func(rd *read) bool { return h.Decode(rd.Data) == nil }
 		rd.Done = func(rd *read) {
 			err = rd.Err
@@ -223,6 +224,15 @@ func (f *File) inodePages(t *loop.Task, ref torus.BlockRef, x *models.Extent) (i
 		return 0, fmt.Errorf("header of the INode's record: %w", err)
 	}
 	return h.Pages(), nil
+}
+
+// epochFor is what a read of metadata says who reads, so that one that waits for a peer, of blocks that are gone from all others, ends when a newer attach
+// has taken over. Fences are a volume's own.
+func (f *File) epochFor(ref torus.BlockRef) uint64 {
+	if ref.Volume != f.vol {
+		return 0
+	}
+	return f.epoch
 }
 
 // readExtent reads a run of bytes that is found without a map.
@@ -243,6 +253,7 @@ func (f *File) startExtent(vol torus.VolumeID, x *models.Extent, done func([]byt
 	rd := f.dist.NewRead()
 	rd.Ref = extentRef(vol, x)
 	rd.Off, rd.Data, rd.Set, rd.Wait, rd.Until = x.Offset, make([]byte, x.Length), f.dist.Set(rd.Ref, x.Set), true, f.errFn
+	rd.Epoch = f.epochFor(rd.Ref)
 	b := rd.Data
 	rd.Verify = func(rd *read) bool { return record.Checksum(rd.Data) == x.Crc32C }
 	rd.Done = func(rd *read) {

@@ -33,12 +33,20 @@ type Witness struct {
 	states map[torus.VolumeID]*models.VolumeState       // as last seen
 	heads  map[torus.VolumeID]map[uint64]*committedHead // all that were ever committed, by number
 	gone   map[torus.BlockRef]bool                      // some peer was asked to delete them
-	hdr    record.Header
-	fail   func(error)
+	// offered are the records that some peer was asked to append, answered or not: one whose disk hangs has them, and has not answered yet.
+	offered map[offer]bool
+	hdr     record.Header
+	fail    func(error)
 }
 
 // maxPeers is how many peers a cluster may have in all.
 const maxPeers = 32
+
+type offer struct {
+	ref torus.BlockRef
+	off uint32
+	sum uint32
+}
 
 type seqKey struct {
 	volume torus.VolumeID
@@ -72,7 +80,7 @@ func newWitness(c *Cluster) *Witness {
 	return &Witness{
 		c: c, recs: map[torus.BlockRef][]*sighting{}, page: map[pageKey][]pageSighting{}, seqs: map[seqKey][]*sighting{},
 		synced: map[torus.BlockRef]*[maxPeers]uint32{}, acked: map[torus.VolumeID]ackedUpTo{}, states: map[torus.VolumeID]*models.VolumeState{},
-		heads: map[torus.VolumeID]map[uint64]*committedHead{}, gone: map[torus.BlockRef]bool{},
+		heads: map[torus.VolumeID]map[uint64]*committedHead{}, gone: map[torus.BlockRef]bool{}, offered: map[offer]bool{},
 		fail: func(error) {},
 	}
 }
@@ -90,6 +98,9 @@ func (s *watched) Submit(r *torus.Request) {
 	case torus.OpDelete:
 		s.w.deleting(s.p, r.Ref)
 	case torus.OpAppend, torus.OpSync, torus.OpSeal, torus.OpPut:
+		if r.Op == torus.OpAppend {
+			s.w.offer(r)
+		}
 		done := r.Done
 		r.Done = func(r *torus.Request) {
 			r.Done = done
@@ -276,6 +287,13 @@ func (w *Witness) accepted(p *Peer, r *torus.Request) {
 		s.by |= 1 << p.index
 		s.powers[p.index] = p.powers
 		at += h.Size()
+	}
+}
+
+// offer notes the records of an append that has been asked for.
+func (w *Witness) offer(r *torus.Request) {
+	for at := 0; at < len(r.Data) && w.hdr.Decode(r.Data[at:]) == nil; at += w.hdr.Size() {
+		w.offered[offer{r.Ref, r.Off + uint32(at), headerSum(r.Data[at:])}] = true
 	}
 }
 
