@@ -2,6 +2,7 @@ package distributor_test
 
 import (
 	"bytes"
+	"errors"
 	"log/slog"
 	"strings"
 	"testing"
@@ -22,6 +23,8 @@ type cluster struct {
 	d     *distributor.Distributor
 	held  map[torus.PeerID]byte // what a peer answers to every read; absent: ErrBlockNotExist
 	asked []torus.PeerID
+	fence uint64 // of all peers
+	epoch uint64 // of reads
 	log   bytes.Buffer
 }
 
@@ -35,6 +38,10 @@ func (c *conn) Close() {}
 func (c *conn) Submit(q *torus.Request) {
 	c.c.asked = append(c.c.asked, c.id)
 	c.c.l.After(time.Millisecond, func() {
+		if q.Epoch != 0 && q.Epoch < c.c.fence {
+			q.Finish(torus.ErrFenced)
+			return
+		}
 		b, ok := c.c.held[c.id]
 		if !ok {
 			q.Finish(torus.ErrBlockNotExist)
@@ -100,6 +107,7 @@ func (c *cluster) read(set torus.PeerList, wait bool) (err error, done bool) { /
 			err, done = r.Err, true
 			r.Release()
 		}
+		r.Epoch = c.epoch
 		r.Start()
 	})
 	c.v.RunFor(10 * time.Second)
@@ -176,6 +184,25 @@ func TestReadWaits(t *testing.T) {
 	c = newCluster(t, 3, []int{1, 3})
 	if err, done := c.read(torus.PeerList{id(1), id(9)}, true); !done || err == nil {
 		t.Fatal("a peer that is gone was waited for")
+	}
+}
+
+// Who has been overtaken waits for nobody, neither when it begins nor later.
+func TestReadOvertaken(t *testing.T) {
+	for _, late := range []bool{false, true} {
+		c := newCluster(t, 3, []int{1, 2, 3}, 2)
+		c.epoch = 4
+		if late {
+			c.l.After(5*time.Second, func() { c.fence = 5 })
+		} else {
+			c.fence = 5
+		}
+		if err, done := c.read(torus.PeerList{id(1), id(2)}, true); !done || !errors.Is(err, torus.ErrFenced) {
+			t.Errorf("late %v: done %v, %v", late, done, err)
+		}
+		if n := len(c.asked); late != (n > 10) {
+			t.Errorf("late %v: %d requests", late, n)
+		}
 	}
 }
 
