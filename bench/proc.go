@@ -63,23 +63,25 @@ func readUsage(pid int) (u processUsage, err error) {
 	return u, nil
 }
 
-// memory of a process in bytes: resident, and of that what is not backed by files.
+// memory of a process in bytes: resident; the same with pages that several processes have counted in parts; and of that what is not backed by files of a disk, but
+// anonymous or shared memory (proc_pid_smaps(5)).
 type memory struct {
-	RSS     uint64 `json:"rss_bytes"`
-	RSSAnon uint64 `json:"rss_anon_bytes"`
+	RSS uint64 `json:"rss_bytes"`
+	PSS uint64 `json:"pss_bytes"`
+	Own uint64 `json:"own_bytes"`
 }
 
 func readMemory(pid int) (memory, error) {
-	path := fmt.Sprintf("/proc/%d/status", pid)
+	path := fmt.Sprintf("/proc/%d/smaps_rollup", pid)
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return memory{}, err
 	}
-	f, err := parseStatus(b, "VmRSS", "RssAnon") // kB, by which the kernel means KiB
+	f, err := parseStatus(b, "Rss", "Pss", "Pss_Anon", "Pss_Shmem") // kB, by which the kernel means KiB
 	if err != nil {
 		return memory{}, fmt.Errorf("%s: %w", path, err)
 	}
-	return memory{f[0] << 10, f[1] << 10}, nil
+	return memory{f[0] << 10, f[1] << 10, (f[2] + f[3]) << 10}, nil
 }
 
 // parseStat returns utime + stime of /proc/PID/stat, in ticks. The name of the program, in parentheses, may contain anything.

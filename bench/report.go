@@ -228,18 +228,19 @@ func (r *report) memories(b *strings.Builder) {
 	if len(r.Memory) == 0 || len(r.servers()) == 0 {
 		return
 	}
-	fmt.Fprint(b, "\n### Memory\n\nMiB at the end: resident, and of that anonymous.\n\n")
-	row(b, true, "process", "resident", "anonymous")
+	fmt.Fprint(b, "\n### Memory\n\nMiB at the end: resident; the same with what several processes have counted in parts; and of that what is no file of a disk.\n\n")
+	row(b, true, "process", "resident", "in parts", "own")
 	for _, s := range r.servers() {
 		var all memory
 		for _, p := range s.processes {
 			m := r.Memory[s.contestant][p]
 			all.RSS += m.RSS
-			all.RSSAnon += m.RSSAnon
-			row(b, false, s.contestant+": "+p, mib(m.RSS), mib(m.RSSAnon))
+			all.PSS += m.PSS
+			all.Own += m.Own
+			row(b, false, s.contestant+": "+p, mib(m.RSS), mib(m.PSS), mib(m.Own))
 		}
 		if len(s.processes) > 1 {
-			row(b, false, s.contestant+": all", mib(all.RSS), mib(all.RSSAnon))
+			row(b, false, s.contestant+": all", mib(all.RSS), mib(all.PSS), mib(all.Own))
 		}
 	}
 }

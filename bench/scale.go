@@ -314,7 +314,7 @@ func (s *scale) loads(ctx context.Context) error {
 	}
 	mem := &table{
 		title: "Memory and blocks after that",
-		note: "MiB of anonymous memory: of torusblk, of the peer with etcd inside, of each other peer. Blocks are slots taken at all peers together; 512 MiB were written once, and then at random; " +
+		note: "MiB of memory that is no file of a disk: of torusblk, of the peer with etcd inside, of each other peer. Blocks are slots taken at all peers together; 512 MiB were written once, and then at random; " +
 			"connections are those that peers have accepted.",
 		head: []string{"volumes", "peers", "torusblk", "peer + etcd", "other peer", "blocks", "connections"},
 	}
@@ -364,7 +364,7 @@ func (s *scale) loaded(ctx context.Context, volumes, peers int, area byteSize, w
 		if err != nil {
 			return err
 		}
-		fields = append(fields, mib(x.RSSAnon))
+		fields = append(fields, mib(x.Own))
 	}
 	now, err := c.counters(ctx)
 	if err != nil {

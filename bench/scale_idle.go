@@ -67,7 +67,7 @@ func (s *scale) idleness(ctx context.Context) error {
 	}
 	cpu := &table{
 		title: "Idle: CPU and memory",
-		note:  "CPU seconds a minute, MiB of anonymous memory: of torusblk, of the peer with etcd inside, of each other peer; and of torusblk's heap, collected. TDP is what peers receive and answer, all together; a ping counts as one.",
+		note:  "CPU seconds a minute, MiB of memory that is no file of a disk: of torusblk, of the peer with etcd inside, of each other peer; and of torusblk's heap, collected. TDP is what peers receive and answer, all together; a ping counts as one.",
 		head:  []string{"state", "peers", "torusblk CPU", "peer + etcd CPU", "other peer CPU", "torusblk MiB", "peer + etcd MiB", "other peer MiB", "torusblk heap MiB", "TDP requests / min", "TDP KiB / min", "connections"},
 	}
 	mds := &table{
@@ -87,7 +87,7 @@ func (s *scale) idleness(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			ram = append(ram, mib(m.RSSAnon))
+			ram = append(ram, mib(m.Own))
 		}
 		live, err := heap(ctx, r.c.client.http)
 		if err != nil {

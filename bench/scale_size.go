@@ -97,7 +97,7 @@ func (s *scale) sizes(ctx context.Context) error {
 			}
 			s.say("%v: %s: %.0f/s, %.2f CPU s", size, l.title, m.IOPS, m.CPUPer10k)
 			rates.add(l.title, size.String(), thousands(m.IOPS), significant(m.CPUPer10k), significant(client/m.Ops*10_000), significant((first+others)/m.Ops*10_000),
-				written, txns, fmt.Sprint(bytes), mib(ram.RSSAnon))
+				written, txns, fmt.Sprint(bytes), mib(ram.Own))
 		}
 
 		var again, againAttach []float64

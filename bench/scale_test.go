@@ -164,7 +164,7 @@ func TestClusterSpan(t *testing.T) {
 		if _, n := m.cpu(k); n != want {
 			t.Errorf("%d processes of kind %d", n, k)
 		}
-		if x, err := c.memory(k); err != nil || x.RSSAnon == 0 {
+		if x, err := c.memory(k); err != nil || x.Own == 0 {
 			t.Errorf("memory of kind %d: %+v, %v", k, x, err)
 		}
 	}

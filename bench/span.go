@@ -135,13 +135,14 @@ func (c *cluster) memory(k kind) (mean memory, err error) {
 			return mean, errors.Join(err, p.check())
 		}
 		mean.RSS += m.RSS
-		mean.RSSAnon += m.RSSAnon
+		mean.PSS += m.PSS
+		mean.Own += m.Own
 		n++
 	}
 	if n == 0 {
 		return mean, fmt.Errorf("no process of kind %d", k)
 	}
-	return memory{mean.RSS / n, mean.RSSAnon / n}, nil
+	return memory{mean.RSS / n, mean.PSS / n, mean.Own / n}, nil
 }
 
 // rest waits until what is dirty is written and the servers do nothing much.

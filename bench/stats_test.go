@@ -160,7 +160,7 @@ func TestReadProcess(t *testing.T) {
 			break
 		}
 	}
-	if m, err := readMemory(os.Getpid()); err != nil || m.RSS < 1<<20 || m.RSSAnon < 1<<18 || m.RSSAnon > m.RSS {
+	if m, err := readMemory(os.Getpid()); err != nil || m.RSS < 1<<20 || m.Own < 1<<18 || m.Own > m.PSS || m.PSS > m.RSS {
 		t.Errorf("%+v, %v", m, err)
 	}
 }

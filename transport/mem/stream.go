@@ -371,6 +371,9 @@ func (s *Stream) GiveBack() {
 	s.c.settle()
 }
 
+// Borrowed is how much of what the other side has lent was not given back yet, in pieces.
+func (s *Stream) Borrowed() int { return s.borrowed }
+
 // settle gives back what was lent on a connection that has ended on both sides, once nothing of it is borrowed any more.
 func (c *connection) settle() {
 	for _, s := range []*Stream{c.a, c.b} {

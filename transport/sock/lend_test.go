@@ -49,6 +49,7 @@ type borrower struct {
 	t         *testing.T
 	l         *loop.Epoll
 	keep      func() time.Duration // < 0: for ever
+	end       func() int           // 1: the borrower closes, 2: in order
 	borrowed  *atomic.Int64
 	afterward *atomic.Int64 // given back when the connection had ended
 	closed    bool
@@ -70,6 +71,14 @@ func (h *borrower) Data(s transport.Stream, b []byte) (n int, need int) {
 			return len(b), 0
 		}
 		h.borrowed.Add(1)
+		if h.end != nil {
+			switch h.end() {
+			case 1:
+				h.l.Post(s.Close)
+			case 2:
+				h.l.Post(s.CloseAfterWrite)
+			}
+		}
 		if keep := h.keep(); keep >= 0 {
 			h.l.After(keep, func() {
 				if !bytes.Equal(mem, lentBytes[:size]) {
@@ -199,7 +208,7 @@ func TestLendAndClose(t *testing.T) {
 	at := borrowing(t, there, func() *borrower {
 		return &borrower{t: t, l: there, borrowed: &borrowed, afterward: &afterward, keep: func() time.Duration {
 			return time.Duration(keep.IntN(1<<keep.IntN(14))) * time.Microsecond
-		}}
+		}, end: func() int { return keep.IntN(12) }}
 	})
 	for range 600 {
 		b := buf.GetShared(len(lentBytes))

@@ -74,6 +74,9 @@ func TestLend(t *testing.T) {
 		if here, there := x.c.link.lender.Lent(), x.srv.conns[0].lender.Lent(); here != 0 || there != 0 || data.more != 0 {
 			t.Errorf("%d and %d bytes are still lent, %d times retained", here, there, data.more)
 		}
+		if here, there := x.c.link.s.(*mem.Stream).Borrowed(), x.srv.conns[0].s.(*mem.Stream).Borrowed(); here != 0 || there != 0 {
+			t.Errorf("%d and %d pieces are still borrowed", here, there)
+		}
 	}
 }
 
@@ -164,6 +167,7 @@ func TestLentAndGone(t *testing.T) {
 		}
 		x.wait(func() bool { return done })
 		x.wait(func() bool { return freed })
+		x.v.RunFor(10 * time.Millisecond) // the store may have it still
 		if b, ok := x.store.blocks[ref(2)]; ok {
 			appended++
 			if !bytes.Equal(b, good) {
