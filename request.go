@@ -108,6 +108,9 @@ type Request struct {
 type Owner interface {
 	Retain()
 	Release()
+	// Abandon is Release where another process has ended that had the memory: what it has asked its disk to write may still be read from there, so these very
+	// pages must not be written to any more.
+	Abandon()
 }
 
 // Finish sets the result and calls Done. For implementations of BlockStore.

@@ -26,6 +26,7 @@ type Buf struct {
 	class int    // of small, or of pool
 	pool  *pool  // nil: of small, or, if too large for any class, of none
 	more  int    // owners beside the first
+	stale bool   // somebody may still read the very pages that are behind it
 }
 
 // Get returns a buffer of at least n bytes with arbitrary contents.
@@ -49,11 +50,19 @@ func (b *Buf) Bytes() []byte { return b.mem }
 // Retain adds an owner: Release has to be called once more. Owners beside the first must all be on one loop.
 func (b *Buf) Retain() { b.more++ }
 
+// Abandon is Release of a shared buffer that another process had which has ended: before it is used again it gets other pages.
+func (b *Buf) Abandon() {
+	b.stale = b.pool == &shared
+	b.Release()
+}
+
 // Release gives the buffer back, unless it has other owners. The caller must not use it afterwards.
 func (b *Buf) Release() {
 	switch {
 	case b.more > 0:
 		b.more--
+	case b.stale:
+		renew(b)
 	case b.pool != nil:
 		b.pool.put(b)
 	case len(b.mem) <= 1<<maxShift:

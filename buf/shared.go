@@ -3,6 +3,7 @@ package buf
 import (
 	"fmt"
 	"runtime"
+	"strconv"
 	"sync/atomic"
 	"unsafe"
 
@@ -20,7 +21,10 @@ type area struct {
 }
 
 // areaSize is more than any process will need: buffers of all classes at once, each as often as it ever was in use.
-const areaSize = 64 << 30
+const areaSize = 16 << 30
+
+// SharedSize is how large the file of shared buffers is, of whatever process, in bytes. Nearly all of that are holes.
+const SharedSize = areaSize
 
 var (
 	theArea atomic.Pointer[area] // nil: none
@@ -44,6 +48,11 @@ func Share() error {
 	if err != nil {
 		unix.Close(fd)
 		return fmt.Errorf("memory to share: %w", err)
+	}
+	// Others get a descriptor that they cannot write through. Without /proc it is this one.
+	if ro, err := unix.Open("/proc/self/fd/"+strconv.Itoa(fd), unix.O_RDONLY|unix.O_CLOEXEC, 0); err == nil {
+		unix.Close(fd)
+		fd = ro
 	}
 	shared.drop = drop
 	theArea.Store(&area{fd: fd, mem: mem})
@@ -109,8 +118,16 @@ func GetShared(n int) *Buf {
 
 func newShared(mem []byte, class int) *Buf {
 	b := &Buf{mem: mem, class: class, pool: &shared}
-	runtime.AddCleanup(b, func(mem []byte) { shared.put(newShared(mem, class)) }, mem)
+	runtime.AddCleanup(b, func(mem []byte) { renew(newShared(mem, class)) }, mem)
 	return b
+}
+
+// renew gives back a buffer whose pages are another's: it gets others when it is written to. If that cannot be it is not used any more.
+func renew(b *Buf) {
+	if unix.Madvise(b.mem, unix.MADV_REMOVE) == nil {
+		b.stale = false
+		shared.put(b)
+	}
 }
 
 // drop gives the memory of buffers back, and keeps their addresses. The caller holds the lock of shared.

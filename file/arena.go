@@ -106,12 +106,20 @@ func (f *File) newRec(want, most int) *rec {
 
 // move gives the record memory of its own, so that another header can be put before the same pages.
 func (r *rec) move() {
-	b := buf.GetShared(len(r.mem))
+	b := recordBuf(len(r.mem))
 	s := &segment{b: b, mem: b.Bytes(), refs: 1}
 	s.used = copy(s.mem, r.mem)
 	r.mem = s.mem[:s.used:s.used]
 	r.seg.unref()
 	r.seg = s
+}
+
+// recordBuf returns memory for a record. What is small would take more where it can be lent.
+func recordBuf(n int) *buf.Buf {
+	if n < 64<<10 {
+		return buf.Get(n)
+	}
+	return buf.GetShared(n)
 }
 
 // extend adds n pages to the record being built and returns their memory. Only the newest record of a

@@ -82,7 +82,7 @@ func (w *sideWriter) record(f *File, pages int, grow bool) (*sideRec, error) {
 	if grow {
 		most = min(record.MaxPages, int(f.cfg.BlockSize-blk.end)/pageSize-1)
 	}
-	return &sideRec{blk: blk, off: blk.end, b: buf.GetShared(record.HeaderSize + most*pageSize), maxPages: most}, nil
+	return &sideRec{blk: blk, off: blk.end, b: recordBuf(record.HeaderSize + most*pageSize), maxPages: most}, nil
 }
 
 // close fixes the record's size.

@@ -90,6 +90,9 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // Checksum is the CRC32C (RFC 3720, appendix B.4) used throughout.
 func Checksum(b []byte) uint32 { return crc32.Checksum(b, castagnoli) }
 
+// used is how many bytes of its page the header takes.
+func (h *Header) used() int { return fixedSize + extentSize*len(h.Extents) + 4*len(h.CRCs) }
+
 // Encode writes the header to page, which must be HeaderSize long, and zeroes the rest of it.
 func (h *Header) Encode(page []byte) {
 	if len(h.CRCs) > MaxPages || len(h.Extents) > MaxExtents {
@@ -97,7 +100,7 @@ func (h *Header) Encode(page []byte) {
 	}
 	le := binary.LittleEndian
 	_ = page[HeaderSize-1]
-	used := fixedSize + extentSize*len(h.Extents) + 4*len(h.CRCs)
+	used := h.used()
 	le.PutUint64(page, magic)
 	le.PutUint16(page[offVersion:], version)
 	le.PutUint16(page[offFlags:], 0)
@@ -192,7 +195,8 @@ func Check(ref torus.BlockRef, off uint32, b []byte, h *Header) (int, error) {
 	if err := h.Decode(b[:HeaderSize]); err != nil {
 		return 0, err
 	}
-	if used := Used(b); !bytes.Equal(b[used:HeaderSize], zeroPage[used:]) {
+	// Not what b says: another process, whose memory it may be, could have changed that meanwhile.
+	if used := h.used(); !bytes.Equal(b[used:HeaderSize], zeroPage[used:]) {
 		return 0, fmt.Errorf("record header followed by something: %w", torus.ErrCorrupt)
 	}
 	if h.Ref != ref || h.Offset != off {

@@ -39,14 +39,21 @@ type Handler interface {
 	Closed(s Stream, err error)
 }
 
+// Releaser is who keeps what is lent: one of both is called, once. Abandon says that another process has ended that had it, for which the disk may still be
+// reading the very pages.
+type Releaser interface {
+	Release()
+	Abandon()
+}
+
 // Lender is a Stream whose ends may be on one machine, and then can read some of each other's memory: what is lent need not be copied into a socket and
 // out of it again. Where it is cannot be seen from the bytes of the stream; the protocol above says it.
 type Lender interface {
 	Stream
-	// Lend lets the other side read b, and returns where it finds it; false if it cannot. b must not change, and owner, who sees to that, is
-	// released, once, when it is reclaimed; of what is not, when the other side has closed the stream too and given everything back, which for one that hangs
+	// Lend lets the other side read b, and returns where it finds it; false if it cannot. b must not change. owner, who sees to that, is
+	// released, once, when it is reclaimed; what is not is abandoned when the other side has closed the stream too and given everything back, or has died, which for one that hangs
 	// may be never. id is the caller's name for it, and not that of anything else that is lent.
-	Lend(b []byte, id uint32, owner interface{ Release() }) (at uint64, ok bool)
+	Lend(b []byte, id uint32, owner Releaser) (at uint64, ok bool)
 	// Reclaim ends what was lent as id, as the other side has said that it does not need it any more. False if nothing is.
 	Reclaim(id uint32) bool
 	// Lent is how many bytes are.

@@ -309,16 +309,13 @@ func (s *Stream) ReadInto(dst []byte, done func()) {
 type loan struct {
 	b     []byte
 	at    uint64
-	owner interface{ Release() }
+	owner transport.Releaser
 }
 
 // Lend implements transport.Lender.
-func (s *Stream) Lend(b []byte, id uint32, owner interface{ Release() }) (at uint64, ok bool) {
-	if !s.CanBorrow() || s.phase != established {
+func (s *Stream) Lend(b []byte, id uint32, owner transport.Releaser) (at uint64, ok bool) {
+	if _, twice := s.loans[id]; twice || !s.CanBorrow() || s.phase != established {
 		return 0, false
-	}
-	if _, twice := s.loans[id]; twice {
-		panic("mem: lent twice under one id")
 	}
 	if s.loans == nil {
 		s.loans = map[uint32]loan{}
@@ -388,7 +385,7 @@ func (c *connection) settle() {
 		ids := slices.Sorted(maps.Keys(loans))
 		s.l.Post(func() {
 			for _, id := range ids {
-				loans[id].owner.Release()
+				loans[id].owner.Abandon()
 			}
 		})
 	}

@@ -3,6 +3,8 @@ package sock
 import (
 	"fmt"
 	"os"
+	"sync"
+	"sync/atomic"
 	"unsafe"
 
 	"github.com/coreos/torus"
@@ -17,7 +19,8 @@ import (
 // lies: nothing is copied (docs/performance.md).
 //
 // Whoever has borrowed something does not close its socket, and does not shut it down, before it has given everything back. So a socket on which the other side has
-// closed its half, or which has lost the other side altogether, since that was killed, tells its owner that what it has lent is its own again.
+// closed its half, or which has lost the other side altogether, since that was killed, tells its owner that what it has lent is its own again. Only that the disk may still
+// read what one has asked it to write who was killed, from the very pages: those are not used again (buf.Abandon).
 
 var _ transport.Lender = (*stream)(nil)
 
@@ -25,11 +28,12 @@ var _ transport.Lender = (*stream)(nil)
 type greeting struct {
 	send   bool // ours has not been sent
 	expect bool // nothing has been received
+	trust  bool // what comes is taken
 }
 
 // loan is something that is lent.
 type loan struct {
-	owner interface{ Release() }
+	owner transport.Releaser
 	size  int
 }
 
@@ -43,16 +47,17 @@ type memory struct {
 	parting  *parting
 }
 
-// lendable has s exchange descriptors, as the first thing that it does.
+// lendable has s exchange descriptors, as the first thing that it does. One that is not wanted may come all the same, and is closed.
 func (s *stream) lendable(fd int) {
+	s.greeting.expect = true
 	if cred, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil && (cred.Uid == 0 || int(cred.Uid) == os.Geteuid()) {
-		s.greeting = greeting{send: buf.SharedFD() >= 0, expect: true}
+		s.greeting.send, s.greeting.trust = buf.SharedFD() >= 0, true
 	}
 }
 
 // Lend implements transport.Lender.
-func (s *stream) Lend(b []byte, id uint32, owner interface{ Release() }) (at uint64, ok bool) {
-	if !s.memory.lends || !s.writable() {
+func (s *stream) Lend(b []byte, id uint32, owner transport.Releaser) (at uint64, ok bool) {
+	if _, twice := s.memory.loans[id]; twice || !s.memory.lends || !s.writable() || kept.bytes.Load() > maxKept {
 		return 0, false
 	}
 	if at, ok = buf.SharedAt(b); ok {
@@ -103,6 +108,32 @@ func (s *stream) GiveBack() {
 	}
 }
 
+// kept is all that is lent on connections that have ended. While the other sides of those hang, no more than maxKept bytes of it gather.
+var kept struct {
+	sync.Mutex
+	all   map[*parting]struct{} // also those that cannot be waited for, so that nobody uses their memory again
+	bytes atomic.Int64
+}
+
+const maxKept = 32 << 20
+
+func (p *parting) keep() {
+	kept.Lock()
+	defer kept.Unlock()
+	if kept.all == nil {
+		kept.all = map[*parting]struct{}{}
+	}
+	kept.all[p] = struct{}{}
+	kept.bytes.Add(int64(p.m.lent))
+}
+
+func (p *parting) done() {
+	p.reg.Close()
+	kept.Lock()
+	defer kept.Unlock()
+	delete(kept.all, p)
+}
+
 // parting is the end of a connection on which something is still lent or borrowed. Its stream has been released already.
 type parting struct {
 	m   *memory
@@ -121,8 +152,9 @@ func (s *stream) part() {
 	}
 	s.reg.Remove()
 	p := &parting{m: m}
+	p.keep()
 	reg, err := s.sh.loop.Add(s.reg.FD(), unix.EPOLLRDHUP|unix.EPOLLET, p)
-	if err != nil { // out of memory: what is lent is lost, and the descriptor with it
+	if err != nil { // the kernel is out of memory: what is lent stays lent, and the descriptor open
 		return
 	}
 	p.reg, m.parting = reg, p
@@ -135,7 +167,7 @@ func (s *stream) part() {
 func (p *parting) gaveBack() {
 	p.m.unmap()
 	if len(p.m.loans) == 0 {
-		p.reg.Close()
+		p.done()
 		return
 	}
 	_ = unix.Shutdown(p.reg.FD(), unix.SHUT_WR)
@@ -145,11 +177,12 @@ func (p *parting) gaveBack() {
 func (p *parting) Ready(uint32) {
 	for id, x := range p.m.loans {
 		delete(p.m.loans, id)
-		x.owner.Release()
+		x.owner.Abandon()
 	}
+	kept.bytes.Add(-int64(p.m.lent))
 	p.m.lent = 0
 	if p.m.borrowed == 0 {
-		p.reg.Close()
+		p.done()
 	}
 }
 
@@ -166,6 +199,10 @@ func (s *stream) sendGreeting(hdr *unix.Msghdr) (n int, errno unix.Errno) {
 	hdr.Control = &oob[0]
 	hdr.SetControllen(len(oob))
 	r, _, errno := unix.Syscall(unix.SYS_SENDMSG, uintptr(s.reg.FD()), uintptr(unsafe.Pointer(hdr)), unix.MSG_NOSIGNAL)
+	if errno == unix.ETOOMANYREFS { // too many descriptors are on their way to processes that do not take them
+		s.greeting.send = false
+		errno = unix.EINTR // once more, without
+	}
 	if errno != 0 {
 		return 0, errno
 	}
@@ -196,7 +233,7 @@ func (s *stream) receiveGreeting(iovecs []unix.Iovec) (n int, errno unix.Errno) 
 			continue
 		}
 		for _, fd := range fds {
-			if s.memory.theirs == nil {
+			if s.memory.theirs == nil && s.greeting.trust {
 				s.memory.theirs = mapTheirs(fd)
 			}
 			unix.Close(fd)
@@ -205,14 +242,19 @@ func (s *stream) receiveGreeting(iovecs []unix.Iovec) (n int, errno unix.Errno) 
 	return int(r), 0
 }
 
-// mapTheirs maps the memory of the other side; nil if it is not such that it could not hurt us.
+// mapTheirs maps the memory of the other side; nil if it is not such that it could not hurt us: to read behind the end of a file, or what the kernel cannot find
+// a page for, would be our end.
 func mapTheirs(fd int) []byte {
-	var st unix.Stat_t
-	if unix.Fstat(fd, &st) != nil || st.Size <= 0 {
+	if seals, err := unix.FcntlInt(uintptr(fd), unix.F_GET_SEALS, 0); err != nil || seals&unix.F_SEAL_SHRINK == 0 {
 		return nil
 	}
-	if seals, err := unix.FcntlInt(uintptr(fd), unix.F_GET_SEALS, 0); err != nil || seals&unix.F_SEAL_SHRINK == 0 {
-		return nil // to read behind its end would be our end
+	var st unix.Stat_t // it does not become smaller from here on
+	if unix.Fstat(fd, &st) != nil || st.Size <= 0 || st.Size > buf.SharedSize {
+		return nil
+	}
+	var fs unix.Statfs_t
+	if unix.Fstatfs(fd, &fs) != nil || fs.Type != unix.TMPFS_MAGIC {
+		return nil
 	}
 	mem, err := unix.Mmap(fd, 0, int(st.Size), unix.PROT_READ, unix.MAP_SHARED|unix.MAP_NORESERVE)
 	if err != nil {

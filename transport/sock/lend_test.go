@@ -127,7 +127,9 @@ func (h *lender) Data(s transport.Stream, b []byte) (int, int) {
 	return len(b), 0
 }
 
-// Release is the lender's as the owner of its memory.
+// Abandon and Release are the lender's as the owner of its memory.
+func (h *lender) Abandon() { h.Release() }
+
 func (h *lender) Release() {
 	if h.refs--; h.refs == 0 {
 		copy(h.mem, usedAgain)

@@ -223,7 +223,7 @@ func (c *Client) Submit(r *torus.Request) {
 		}
 	case torus.OpRead:
 		f.len = uint32(len(r.Data))
-		if c.link.borrows && len(r.Data) >= lendAtLeast {
+		if c.link.borrows && len(r.Data) >= lendReadsAtLeast {
 			f.flags = flagLent
 		}
 	}

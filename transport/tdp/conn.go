@@ -341,7 +341,7 @@ func (c *conn) pump() {
 		q.next = nil
 		if q.req.Op == torus.OpRead {
 			n := int(q.req.Len)
-			if q.lend && n >= lendAtLeast && c.lender != nil && c.lender.Lent() < maxLent {
+			if q.lend && n >= lendReadsAtLeast && c.lender != nil && c.lender.Lent() < maxLent {
 				q.buf = buf.GetShared(n)
 			} else {
 				q.buf = buf.Get(n)
@@ -383,7 +383,7 @@ func (q *call) finished(r *torus.Request) {
 	case r.Err != nil:
 		c.sendError(&f, r.Err)
 	case r.Op == torus.OpRead:
-		if q.lend && c.lender != nil && c.lender.Lent() < maxLent && f.lend(c.lender, r.Data, q.buf) {
+		if q.lend && q.size >= lendReadsAtLeast && c.lender != nil && c.lender.Lent() < maxLent && f.lend(c.lender, r.Data, q.buf) {
 			q.buf = nil
 			f.len = uint32(q.size)
 			c.send(&f)

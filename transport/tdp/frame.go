@@ -55,6 +55,8 @@ const (
 
 	// lendAtLeast is how much is lent rather than sent, in bytes.
 	lendAtLeast = 16 << 10
+	// lendReadsAtLeast is the same of replies to reads, of which each has a buffer of its own, and the smallest that can be lent are of this size.
+	lendReadsAtLeast = 64 << 10
 	// borrowPiece is how much is copied at a time.
 	borrowPiece = 64 << 10
 	// maxLent bounds what a server has lent on one connection at a time. What is more is sent.
@@ -156,7 +158,7 @@ func flagsOf(op uint8) uint16 {
 }
 
 // lend has f say where b is lent, as f's id; false if it has to be sent, and then owner is not needed.
-func (f *frame) lend(l transport.Lender, b []byte, owner interface{ Release() }) bool {
+func (f *frame) lend(l transport.Lender, b []byte, owner transport.Releaser) bool {
 	if l == nil || len(b) < lendAtLeast {
 		return false
 	}

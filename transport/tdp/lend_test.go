@@ -23,7 +23,8 @@ type memory struct {
 
 func newMemory(n int, fill byte) *memory { return &memory{b: pages(n, fill)} }
 
-func (m *memory) Retain() { m.more++ }
+func (m *memory) Retain()  { m.more++ }
+func (m *memory) Abandon() { m.Release() }
 func (m *memory) Release() {
 	if m.more--; m.more < 0 && m.free != nil {
 		m.free()
