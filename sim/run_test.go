@@ -99,6 +99,8 @@ func TestSeeds(t *testing.T) {
 // Schedules that have found something which others seldom come to.
 func TestSeedsThatFoundSomething(t *testing.T) {
 	for seed, what := range map[uint64]string{
+		660:  "an attach that had been overtaken waited for an INode that only a peer that was gone might have had",
+		4207: "the witness took for a stranger what a slow disk had written and not answered for",
 		81:   "a time is located behind which the volume had grown",
 		325:  "a clone counted as free of its origin while a snapshot of it needed a block that compaction held",
 		861:  "an origin was deleted before its log, which a clone needed, had been recovered",
