@@ -204,6 +204,9 @@ func (c *conn) Data(_ transport.Stream, b []byte) (consumed, need int) {
 		}
 		c.srv.m.requests.Inc()
 		c.srv.m.in.Add(float64(size))
+		if f.op == uint8(torus.OpAppend) && f.flags&flagLent != 0 {
+			c.srv.m.in.Add(float64(f.len))
+		}
 		consumed += HeaderSize
 		if f.id == 0 { // acceptable allows that for a Ping only
 			c.send(&frame{op: uint8(torus.OpPing) | opReply})

@@ -201,9 +201,9 @@ func newMetrics(reg prometheus.Registerer) (metrics, error) {
 		requests: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "torus_server_tdp_requests_total", Help: "TDP requests received."}),
 		in: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "torus_server_tdp_received_bytes_total", Help: "Bytes of TDP requests, headers included."}),
+			Name: "torus_server_tdp_received_bytes_total", Help: "Bytes of TDP requests, headers and what was lent included."}),
 		out: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "torus_server_tdp_sent_bytes_total", Help: "Bytes of TDP replies, headers included."}),
+			Name: "torus_server_tdp_sent_bytes_total", Help: "Bytes of TDP replies, headers and what was lent included."}),
 	}
 	if reg == nil {
 		return m, nil
