@@ -160,7 +160,7 @@ func (c *conn) Data(_ transport.Stream, b []byte) (consumed, need int) {
 		c.quiet = 0
 	}
 	for c.why == nil {
-		if c.paused {
+		if c.paused { // a frame whose payload is lent is no more than its header, and many may be here at once
 			return consumed, HeaderSize
 		}
 		rest := b[consumed:]
@@ -213,7 +213,8 @@ func (c *conn) Data(_ transport.Stream, b []byte) (consumed, need int) {
 			continue
 		}
 		q := c.srv.newCall(c)
-		q.id, q.lend = f.id, f.op == uint8(torus.OpRead) && f.flags&flagLent != 0
+		q.id = f.id
+		q.lend = f.op == uint8(torus.OpRead) && f.flags&flagLent != 0 && f.len >= lendReadsAtLeast && c.lender != nil
 		q.req = torus.Request{
 			Op: torus.Op(f.op), Ref: f.ref, Epoch: f.epoch, Off: f.off, Len: f.len,
 			Done: q.done, Peer: c.peer.ID,
@@ -221,7 +222,7 @@ func (c *conn) Data(_ transport.Stream, b []byte) (consumed, need int) {
 		if q.req.Op == torus.OpAppend {
 			q.req.Reserve = f.flags&flagReserve != 0
 			// The store wants whole pages in memory it may hand to the disk as they are, and may keep them
-			// for longer than this call: always a buffer of our own, aligned.
+			// for longer than this call: what is lent is such, for the rest a buffer of our own, aligned.
 			if f.flags&flagLent != 0 {
 				var err error
 				if q.req.Data, err = f.borrow(c.lender); err != nil {
@@ -344,7 +345,7 @@ func (c *conn) pump() {
 		q.next = nil
 		if q.req.Op == torus.OpRead {
 			n := int(q.req.Len)
-			if q.lend && n >= lendReadsAtLeast && c.lender != nil && c.lender.Lent() < maxLent {
+			if q.lend && c.lender.Lent() < maxLent {
 				q.buf = buf.GetShared(n)
 			} else {
 				q.buf = buf.Get(n)
@@ -386,7 +387,7 @@ func (q *call) finished(r *torus.Request) {
 	case r.Err != nil:
 		c.sendError(&f, r.Err)
 	case r.Op == torus.OpRead:
-		if q.lend && q.size >= lendReadsAtLeast && c.lender != nil && c.lender.Lent() < maxLent && f.lend(c.lender, r.Data, q.buf) {
+		if q.lend && c.lender.Lent() < maxLent && f.lend(c.lender, r.Data, q.buf) {
 			q.buf = nil
 			f.len = uint32(q.size)
 			c.send(&f)
