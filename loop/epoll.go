@@ -32,6 +32,7 @@ type Epoll struct {
 	ts     unix.Timespec // scratch
 
 	yielded time.Duration // when the Go scheduler last had its way
+	quiet   int           // sleeps since the last event
 
 	events [256]unix.EpollEvent
 	slots  []*Registration // by the low half of the epoll data, their generation is the high one
@@ -108,7 +109,7 @@ func (e *Epoll) Run() error {
 			return fmt.Errorf("event loop: epoll_wait: %w", err)
 		}
 		e.turn(n)
-		if e.now-e.yielded > yieldEvery {
+		if e.now-e.yielded >= slice {
 			e.yielded = e.now
 			runtime.Gosched()
 		}
@@ -277,30 +278,33 @@ func (e *Epoll) Settle() {
 	}
 }
 
-// sysmon, the Go scheduler's monitor, takes the P away from a goroutine that it finds in a system call and that has not
-// been scheduled anew for 10 ms, which a busy loop never would be. Thereafter it looks every 20 µs for more to take: a
-// tenth and more of a peer's CPU time under load. So the loop has itself scheduled anew in time, and
-// does not announce short sleeps.
+// sysmon, the Go scheduler's monitor, takes the P away from a goroutine that it finds in an announced system call and that has not been
+// scheduled anew for 10 ms. Each time it does that, and each time such a goroutine comes back when all P's were idle, it
+// then looks some fifty times, every 20 µs, for more to take: 1.3 ms of CPU time, and tens of times a second in a
+// process that is not quite busy. So a loop sleeps unannounced and for short, and has itself scheduled anew between; only
+// one that nothing has woken for a while, nor will soon, announces its sleep.
+//
+// An unannounced sleep does not hold up who stops the world: the signal by which the scheduler asks for it ends the wait.
 const (
-	yieldEvery = 4 * time.Millisecond
-	nap        = 2 * time.Millisecond
+	slice     = 8 * time.Millisecond // less than 10 ms, with a turn to spare
+	quietNaps = 8                    // so many sleeps without an event are a while
+	soon      = 200 * time.Millisecond
 )
 
-// epollWait waits for events, for ever if timeout is negative.
-//
-// The scheduler is not told of a wait of up to nap: whoever stops the world waits that long at most, and others run on
-// the P's that the process has besides (see Epoll).
+// epollWait waits for events, until the timeout or for shorter, for ever if it is negative.
 func (e *Epoll) epollWait(timeout time.Duration) (int, error) {
-	if timeout >= 0 && timeout <= nap {
-		return done(e.epollPwait(timeout, true))
+	announce := false
+	if left := max(e.yielded+slice-time.Since(e.epoch), 0); timeout < 0 || timeout > left {
+		if announce = e.quiet >= quietNaps && (timeout < 0 || timeout >= soon); !announce {
+			timeout = left
+			e.quiet++
+		}
 	}
-	if n, errno := e.epollPwait(nap, true); n != 0 || errno != 0 {
-		return done(n, errno)
+	n, errno := e.epollPwait(timeout, !announce)
+	if n > 0 {
+		e.quiet = 0
 	}
-	if timeout > 0 {
-		timeout -= nap
-	}
-	return done(e.epollPwait(timeout, false))
+	return done(n, errno)
 }
 
 func done(n int, errno unix.Errno) (int, error) {

@@ -67,7 +67,7 @@ func StartClient(ctx context.Context, cfg ClientConfig) (_ *Client, err error) {
 	}
 	c.stops.push(c.loop.stop)
 	dist := distributor.New(distributor.Config{
-		Loop: c.loop.Epoll, Dial: dialer(c.loop.Epoll, c.network, cfg.Global, cfg.What, cfg.Log), LoadRing: ringLoader(cfg.MDS), Log: cfg.Log, Metrics: cfg.Registerer,
+		Loop: c.loop.Epoll, Dial: dialer(c.loop.Epoll, c.network, cfg.Global, cfg.What, pace{}, cfg.Log), LoadRing: ringLoader(cfg.MDS), Log: cfg.Log, Metrics: cfg.Registerer,
 	})
 	c.stops.push(func() error {
 		c.loop.call(dist.Close)
@@ -230,15 +230,18 @@ func (c *Client) release() error {
 	}
 }
 
+// pace is how soon it is noticed that a peer does not answer; zero fields are the defaults of tdp.ClientConfig.
+type pace struct{ ping, dead time.Duration }
+
 // dialer connects a loop to peers.
-func dialer(l loop.Loop, network *sock.Network, global torus.GlobalMetadata, what string, log *slog.Logger) func(torus.PeerID, string, func(), func(error)) distributor.Conn {
+func dialer(l loop.Loop, network *sock.Network, global torus.GlobalMetadata, what string, pace pace, log *slog.Logger) func(torus.PeerID, string, func(), func(error)) distributor.Conn {
 	hello := tdp.Hello{
 		Cluster: global.ClusterID, ID: torus.NewPeerID(), Incarnation: rand.Uint64(), BlockSize: global.BlockSize, Name: what,
 	}
 	return func(id torus.PeerID, addr string, up func(), down func(error)) distributor.Conn {
 		connected := false
 		return tdp.Dial(l, network, tdp.ClientConfig{
-			Addr: addr, Hello: hello, Peer: id, Log: log,
+			Addr: addr, Hello: hello, Peer: id, Log: log, PingEvery: pace.ping, DeadAfter: pace.dead,
 			Up: func(tdp.Hello) {
 				connected = true
 				up()

@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/block"
@@ -15,6 +16,9 @@ import (
 	"github.com/coreos/torus/transport/sock"
 )
 
+// unhurried: nobody waits for a repair, and every peer is connected to every other for it.
+var unhurried = pace{ping: time.Second, dead: 3500 * time.Millisecond}
+
 // startRepair has the peer look after its copies, on a loop of its own: going through the inventory of large volumes and verifying
 // what is copied must not hold up those whom the peer serves.
 func (p *Peer) startRepair(cfg PeerConfig, store *storage.Disk, service torus.BlockStore) error {
@@ -24,7 +28,7 @@ func (p *Peer) startRepair(cfg PeerConfig, store *storage.Disk, service torus.Bl
 	}
 	p.stops.push(l.stop)
 	dist := distributor.New(distributor.Config{
-		Loop: l.Epoll, Dial: dialer(l.Epoll, sock.New(), cfg.Global, "torusd repair", p.log),
+		Loop: l.Epoll, Dial: dialer(l.Epoll, sock.New(), cfg.Global, "torusd repair", unhurried, p.log),
 		LoadRing: ringLoader(cfg.MDS), Log: p.log,
 	})
 	p.stops.push(func() error {
