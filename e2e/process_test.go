@@ -263,12 +263,15 @@ func tool(t testing.TB, args ...string) string {
 	return out
 }
 
-// toolTimeout bounds any one run of a tool.
+// toolTimeout bounds any one run of a tool that nothing else does.
 const toolTimeout = 3 * time.Minute
 
 func try(ctx context.Context, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, toolTimeout)
-	defer cancel()
+	if _, bounded := ctx.Deadline(); !bounded {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, toolTimeout)
+		defer cancel()
+	}
 	cmd := exec.Command(args[0], args[1:]...)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
