@@ -19,6 +19,12 @@ type Conn interface {
 	Close()
 }
 
+// Nearby is a Conn that knows, once it is up, whether reads go to a file of this machine rather than to a peer's process. They are cheaper, and load
+// nobody else.
+type Nearby interface {
+	Near() bool
+}
+
 // Config is what a Distributor is made of.
 type Config struct {
 	Loop loop.Loop
@@ -55,6 +61,7 @@ type peer struct {
 	addr  string
 	conn  Conn
 	up    bool
+	near  bool // its blocks can be read without asking it
 	full  bool // it refused a new block for want of space, or says so itself
 	unfit bool // it takes no new block at all, not even in the slots it keeps back
 	alive bool // its lease in the MDS lives: it is worth waiting for
@@ -124,6 +131,8 @@ func (d *Distributor) connect(p *peer, addr string) {
 	conn = d.cfg.Dial(p.id, addr, func() {
 		if p.conn == conn {
 			p.up = true
+			n, ok := conn.(Nearby)
+			p.near = ok && n.Near()
 			d.log.Info("peer connected", "peer", p.id, "address", addr)
 			d.changed()
 		}

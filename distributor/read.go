@@ -76,7 +76,7 @@ func (r *Read) Release() {
 	r.d.reads = append(r.d.reads, r)
 }
 
-// Start begins the read at the first healthy replica of the set; the order of the set is the order of
+// Start begins the read at the first healthy replica of the set, at one of this machine if there is one; but for that the order of the set is the order of
 // preference, so that a block is cached by one peer rather than by all.
 func (r *Read) Start() {
 	r.d.m.blockRequests.Inc()
@@ -96,19 +96,25 @@ func (r *Read) round() {
 	r.next()
 }
 
-// preferred is which of a set to ask first: the first that is healthy and owes no overdue answer, if there is one, else the first that
-// is healthy.
+// preferred is which of a set to ask first: of those that are healthy and owe no overdue answer one that is near, if there is one, else the first; else the first
+// that is healthy.
 func (d *Distributor) preferred(set torus.PeerList) int {
-	healthy := -1
+	healthy, prompt := -1, -1
 	for i, p := range set {
-		if x := d.peers[p]; x != nil && x.up {
-			if x.owes == 0 {
-				return i
-			}
-			if healthy < 0 {
-				healthy = i
-			}
+		x := d.peers[p]
+		switch {
+		case x == nil || !x.up:
+			continue
+		case x.owes == 0 && x.near:
+			return i
+		case x.owes == 0 && prompt < 0:
+			prompt = i
+		case healthy < 0:
+			healthy = i
 		}
+	}
+	if prompt >= 0 {
+		return prompt
 	}
 	return max(healthy, 0)
 }

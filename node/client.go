@@ -66,8 +66,15 @@ func StartClient(ctx context.Context, cfg ClientConfig) (_ *Client, err error) {
 		return nil, err
 	}
 	c.stops.push(c.loop.stop)
+	direct := prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "torus_distributor_direct_reads_total", Help: "Reads from the file of a peer on this machine, which was not asked for them."})
+	if cfg.Registerer != nil {
+		if err := cfg.Registerer.Register(direct); err != nil {
+			return nil, err
+		}
+	}
 	dist := distributor.New(distributor.Config{
-		Loop: c.loop.Epoll, Dial: dialer(c.loop.Epoll, c.network, cfg.Global, cfg.What, pace{}, cfg.Log), LoadRing: ringLoader(cfg.MDS), Log: cfg.Log, Metrics: cfg.Registerer,
+		Loop: c.loop.Epoll, Dial: dialer(c.loop.Epoll, c.network, cfg.Global, cfg.What, pace{}, direct, cfg.Log), LoadRing: ringLoader(cfg.MDS), Log: cfg.Log, Metrics: cfg.Registerer,
 	})
 	c.stops.push(func() error {
 		c.loop.call(dist.Close)
@@ -234,14 +241,14 @@ func (c *Client) release() error {
 type pace struct{ ping, dead time.Duration }
 
 // dialer connects a loop to peers.
-func dialer(l loop.Loop, network *sock.Network, global torus.GlobalMetadata, what string, pace pace, log *slog.Logger) func(torus.PeerID, string, func(), func(error)) distributor.Conn {
+func dialer(l loop.Loop, network *sock.Network, global torus.GlobalMetadata, what string, pace pace, direct prometheus.Counter, log *slog.Logger) func(torus.PeerID, string, func(), func(error)) distributor.Conn {
 	hello := tdp.Hello{
 		Cluster: global.ClusterID, ID: torus.NewPeerID(), Incarnation: rand.Uint64(), BlockSize: global.BlockSize, Name: what,
 	}
 	return func(id torus.PeerID, addr string, up func(), down func(error)) distributor.Conn {
 		connected := false
 		return tdp.Dial(l, network, tdp.ClientConfig{
-			Addr: addr, Hello: hello, Peer: id, Log: log, PingEvery: pace.ping, DeadAfter: pace.dead,
+			Addr: addr, Hello: hello, Peer: id, Log: log, PingEvery: pace.ping, DeadAfter: pace.dead, Direct: direct,
 			Up: func(tdp.Hello) {
 				connected = true
 				up()

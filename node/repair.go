@@ -28,7 +28,7 @@ func (p *Peer) startRepair(cfg PeerConfig, store *storage.Disk, service torus.Bl
 	}
 	p.stops.push(l.stop)
 	dist := distributor.New(distributor.Config{
-		Loop: l.Epoll, Dial: dialer(l.Epoll, sock.New(), cfg.Global, "torusd repair", unhurried, p.log),
+		Loop: l.Epoll, Dial: dialer(l.Epoll, sock.New(), cfg.Global, "torusd repair", unhurried, nil, p.log),
 		LoadRing: ringLoader(cfg.MDS), Log: p.log,
 	})
 	p.stops.push(func() error {

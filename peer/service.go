@@ -8,6 +8,7 @@ import (
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/loop"
+	"github.com/coreos/torus/place"
 	"github.com/coreos/torus/vfs"
 )
 
@@ -31,6 +32,7 @@ type Config struct {
 type Service struct {
 	l     loop.Loop
 	store torus.Store
+	files place.Store // the store, if its blocks can be read from files; else nil
 	log   *slog.Logger
 	m     *metrics
 
@@ -50,7 +52,7 @@ type Service struct {
 	closed  func(error)
 }
 
-var _ torus.BlockStore = (*Service)(nil)
+var _ place.Store = (*Service)(nil)
 
 // volume is what is known of a volume.
 type volume struct {
@@ -92,6 +94,7 @@ func New(cfg Config) (*Service, error) {
 		return nil, err
 	}
 	s := &Service{l: cfg.Loop, store: cfg.Store, log: cfg.Log, m: m, volumes: map[torus.VolumeID]*volume{}, journal: journal}
+	s.files, _ = cfg.Store.(place.Store)
 	for id, epoch := range state {
 		v := s.volume(id)
 		v.fence, v.durable, v.asked = epoch, epoch, epoch
@@ -197,6 +200,28 @@ func (s *Service) Submit(r *torus.Request) {
 		f.enlist()
 	}
 	s.store.Submit(r)
+}
+
+// Locate implements place.Store. Who reads a block from where it lies is not asked for an epoch, and is not counted here.
+func (s *Service) Locate(ref torus.BlockRef) (place.Place, error) {
+	switch {
+	case s.files == nil:
+		return place.Place{}, torus.ErrNotSupported
+	case s.closing:
+		return place.Place{}, torus.ErrClosed
+	}
+	return s.files.Locate(ref)
+}
+
+// OpenFile implements place.Store.
+func (s *Service) OpenFile(number uint32) (vfs.Reader, error) {
+	switch {
+	case s.files == nil:
+		return nil, torus.ErrNotSupported
+	case s.closing:
+		return nil, torus.ErrClosed
+	}
+	return s.files.OpenFile(number)
 }
 
 // fenced refuses a request of an epoch that has been overtaken.

@@ -78,14 +78,14 @@ func dropCached(t *testing.T, dir string) {
 	}
 }
 
-// place is one in the program that allocates n times per operation.
-type place struct {
+// allocator is one in the program that allocates n times per operation.
+type allocator struct {
 	where string
 	n     float64
 }
 
 // allocationsOf counts the allocations for each of ops operations that run does, by side of the wire and by place, most first.
-func allocationsOf(ops int, run func()) (sides map[string]float64, places []place) {
+func allocationsOf(ops int, run func()) (sides map[string]float64, places []allocator) {
 	before := allocations()
 	run()
 	sides = map[string]float64{}
@@ -97,10 +97,10 @@ func allocationsOf(ops int, run func()) (sides map[string]float64, places []plac
 			}
 			per := float64(n) / float64(ops)
 			sides[side] += per
-			places = append(places, place{where, per})
+			places = append(places, allocator{where, per})
 		}
 	}
-	slices.SortFunc(places, func(a, b place) int { return cmp.Compare(b.n, a.n) })
+	slices.SortFunc(places, func(a, b allocator) int { return cmp.Compare(b.n, a.n) })
 	return sides, places
 }
 

@@ -8,6 +8,7 @@ import (
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/models"
+	"github.com/coreos/torus/place"
 	"github.com/coreos/torus/record"
 )
 
@@ -89,7 +90,7 @@ func newWitness(c *Cluster) *Witness {
 type watched struct {
 	w *Witness
 	p *Peer
-	torus.BlockStore
+	place.Store
 }
 
 // Submit implements torus.BlockStore.
@@ -110,7 +111,7 @@ func (s *watched) Submit(r *torus.Request) {
 			done(r)
 		}
 	}
-	s.BlockStore.Submit(r)
+	s.Store.Submit(r)
 }
 
 // answered takes a success of a peer.

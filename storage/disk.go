@@ -12,6 +12,7 @@ import (
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/loop"
+	"github.com/coreos/torus/place"
 	"github.com/coreos/torus/record"
 	"github.com/coreos/torus/vfs"
 )
@@ -53,11 +54,13 @@ type Disk struct {
 
 	files []*file
 	slots []slot // of all files, one after another
-	index index
-	opens []openBlock
-	spare []int32 // of opens, those not in use
-	taken uint32  // slots that are not free
-	gen   uint64  // of the newest entry
+	// ledger tells those who read blocks from the files themselves when one is not there any more; see place.go.
+	ledger place.Ledger
+	index  index
+	opens  []openBlock
+	spare  []int32 // of opens, those not in use
+	taken  uint32  // slots that are not free
+	gen    uint64  // of the newest entry
 
 	// failed is set once, by the first failure of a write or fdatasync.
 	failed bool
@@ -427,6 +430,7 @@ func (d *Disk) fail(f *file, cause error) {
 		if o.durable < x.length || x.entry != entryClean {
 			o.failed = true
 			x.length = o.durable
+			d.ledger.Change(s)
 			lost++
 		}
 	}
@@ -485,6 +489,7 @@ func (d *Disk) Close() error {
 	}
 	d.writer.timer.Stop()
 	d.grow.timer.Stop()
+	d.ledger.ChangeAll()
 
 	errs := []error{d.landAll()}
 	parked := d.parked

@@ -242,13 +242,10 @@ func (p *putting) replace() {
 		p.done()
 		return
 	}
-	d.index.remove(p.key)
-	d.dropOpen(s)
+	d.unlist(s)
 	d.index.insert(p.slot)
 	p.step = putFree
-	x := &d.slots[s]
-	x.state = freeing
-	f := d.files[x.file]
+	f := d.files[d.slots[s].file]
 	err := f.err
 	if err == nil {
 		if err = d.writeEntry(s); err != nil {

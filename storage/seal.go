@@ -39,6 +39,7 @@ func (d *Disk) seal(r *torus.Request) {
 				r.Finish(err)
 				return
 			}
+			d.ledger.Change(s)
 		}
 		x.state, x.length = sealing, r.Len
 		o := &d.opens[x.open]
@@ -106,13 +107,20 @@ func (d *Disk) delete(r *torus.Request) {
 		d.refuse(r, f.err)
 		return
 	}
-	d.index.remove(x.key)
-	d.dropOpen(s)
-	x.state = freeing
+	d.unlist(s)
 	if err := d.writeEntry(s); err != nil {
 		d.fail(f, err)
 		d.refuse(r, f.err)
 		return
 	}
 	f.await(r)
+}
+
+// unlist ends the life of a block as others see it. Its slot is free when that is durable.
+func (d *Disk) unlist(s uint32) {
+	x := &d.slots[s]
+	d.ledger.Change(s)
+	d.index.remove(x.key)
+	d.dropOpen(s)
+	x.state = freeing
 }

@@ -6,6 +6,7 @@ package transport
 import (
 	"github.com/coreos/torus/buf"
 	"github.com/coreos/torus/loop"
+	"github.com/coreos/torus/vfs"
 )
 
 // Network makes streams.
@@ -65,6 +66,16 @@ type Lender interface {
 	Borrow(at uint64, n int) ([]byte, error)
 	// GiveBack is to be called once for each Borrow, before the other side is told so.
 	GiveBack()
+
+	// Show lets the other side see b for as long as the stream is open there, and returns where it finds it (Borrow); false if it cannot. b may change all the time.
+	Show(b []byte) (at uint64, ok bool)
+	// SendFile hands a file to the other side, where it is by the time that what is written next is. It is the stream's from here on, which
+	// closes it. False if that cannot be, or another is to be sent first: then it stays the caller's.
+	SendFile(f vfs.Reader) bool
+	// ExpectFile is to be called before the other side can send a file, or it will be lost.
+	ExpectFile()
+	// TakeFile returns the file that has come, for the caller to close; nil if none has. No more are expected.
+	TakeFile() vfs.Reader
 }
 
 // Stream is one connection. What is written in one turn of the loop leaves in one writev at its end.

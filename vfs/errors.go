@@ -161,6 +161,36 @@ func (f *errorFile) ReadAtCached(b []byte, off int64) (int, error) {
 	return f.File.ReadAtCached(b, off)
 }
 
+// Reader implements File.
+func (f *errorFile) Reader() (Reader, error) {
+	r, err := f.File.Reader()
+	if err != nil {
+		return nil, err
+	}
+	return &errorReader{r, f}, nil
+}
+
+type errorReader struct {
+	Reader
+	f *errorFile
+}
+
+func (r *errorReader) ReadAt(b []byte, off int64) (int, error) {
+	if err := r.f.fault(OpRead, off, int64(len(b))); err != nil {
+		return 0, err
+	}
+	return r.Reader.ReadAt(b, off)
+}
+
+func (r *errorReader) ReadAtCached(b []byte, off int64) (int, error) {
+	if err := r.f.fault(OpRead, off, int64(len(b))); err != nil {
+		return 0, err
+	}
+	return r.Reader.ReadAtCached(b, off)
+}
+
+func (r *errorReader) Descriptor(int64, int) int { return -1 }
+
 func (f *errorFile) WriteAt(b []byte, off int64) (int, error) {
 	if err := f.fault(OpWrite, off, int64(len(b))); err != nil {
 		return 0, err

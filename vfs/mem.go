@@ -747,6 +747,35 @@ func (f *memFile) ReadAtCached(b []byte, off int64) (int, error) {
 	return f.read(b, off)
 }
 
+// Reader implements File.
+func (f *memFile) Reader() (Reader, error) {
+	if err := f.enter("open"); err != nil {
+		return nil, err
+	}
+	defer f.m.mu.Unlock()
+	f.n.links++
+	return &memReader{memFile{m: f.m, n: f.n, name: f.name}}, nil
+}
+
+// memReader is a file that outlives Kill.
+type memReader struct{ f memFile }
+
+// file returns the file as one of the present life.
+func (r *memReader) file() *memFile {
+	r.f.m.mu.Lock()
+	defer r.f.m.mu.Unlock()
+	f := r.f
+	f.life = f.m.life
+	return &f
+}
+
+func (r *memReader) ReadAt(b []byte, off int64) (int, error) { return r.file().ReadAt(b, off) }
+func (r *memReader) ReadAtCached(b []byte, off int64) (int, error) {
+	return r.file().ReadAtCached(b, off)
+}
+func (r *memReader) Descriptor(int64, int) int { return -1 }
+func (r *memReader) Close() error              { return r.f.Close() }
+
 // grow makes room for the file to reach size.
 func (f *memFile) grow(size int64) error {
 	more := size - f.n.seen.size

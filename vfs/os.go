@@ -137,6 +137,8 @@ type osFile struct {
 	fd       int
 	syncTime atomic.Int64
 
+	readOnly bool
+
 	directOnce sync.Once
 	directFile *os.File // the same, opened with O_DIRECT; nil where that cannot be
 	directFD   int
@@ -189,9 +191,44 @@ func isAligned(b []byte, off int64) bool {
 	return (uintptr(unsafe.Pointer(unsafe.SliceData(b)))|uintptr(off)|uintptr(len(b)))%directAlign == 0
 }
 
+// again opens the file once more, whatever its name is by now.
+func (f *osFile) again(flags int) (*os.File, error) {
+	return os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", f.fd), flags, 0)
+}
+
+// Reader implements File.
+func (f *osFile) Reader() (Reader, error) {
+	r, err := f.again(os.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	return newReader(r), nil
+}
+
+func newReader(f *os.File) Reader { return &osFile{f: f, fd: int(f.Fd()), readOnly: true} }
+
+// FromDescriptor returns a file that another process has opened. The descriptor is the Reader's from here on, or is closed. Only a regular file will do:
+// to read others might wait for ever.
+func FromDescriptor(fd int) (Reader, error) {
+	var st unix.Stat_t
+	err := unix.Fstat(fd, &st)
+	if err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG {
+		err = errors.New("not a regular file")
+	}
+	if err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("descriptor %d: %w", fd, err)
+	}
+	return newReader(os.NewFile(uintptr(fd), "a file of another process")), nil
+}
+
 func (f *osFile) direct() *os.File {
 	f.directOnce.Do(func() {
-		if d, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", f.fd), os.O_RDWR|unix.O_DIRECT, 0); err == nil {
+		flags := os.O_RDWR
+		if f.readOnly {
+			flags = os.O_RDONLY
+		}
+		if d, err := f.again(flags | unix.O_DIRECT); err == nil {
 			f.directFile, f.directFD = d, int(d.Fd())
 		}
 	})

@@ -38,12 +38,23 @@ type FS interface {
 	Free() (free, size uint64, err error)
 }
 
-// File is an open file. Methods may be called concurrently, except that Close ends all use of it.
-type File interface {
+// Reader is an open file, as far as it can be read. Methods may be called concurrently, except that Close ends all use of it.
+type Reader interface {
 	// ReadAt is that of io.ReaderAt.
 	ReadAt(b []byte, off int64) (int, error)
 	// ReadAtCached is ReadAt if that need not wait for the disk, else ErrWouldBlock.
 	ReadAtCached(b []byte, off int64) (int, error)
+	// Descriptor is an open descriptor from which pread(2) does what ReadAt(b, off) does, for b of n bytes, page-aligned if n is a
+	// multiple of the page; below 0 if there is none. It is closed with the file.
+	Descriptor(off int64, n int) int
+	Close() error
+}
+
+// File is an open file for reading and writing.
+type File interface {
+	Reader
+	// Reader opens the file once more, for reading only. What it returns does not end with this one, nor with the process, if it is handed to another.
+	Reader() (Reader, error)
 	// WriteAt is that of io.WriterAt; ErrNoSpace when the file system is full. Not durable before Datasync.
 	WriteAt(b []byte, off int64) (int, error)
 	// WriteThrough is WriteAt past the page cache, if that can be, for what is page-aligned, in memory as in the file, so that it waits for
@@ -62,11 +73,7 @@ type File interface {
 	// Allocate reserves [off, off+n) on the medium and extends the file: ErrNoSpace.
 	Allocate(off, n int64) error
 	Truncate(size int64) error
-	// Descriptor is an open descriptor from which pread(2) does what ReadAt(b, off) does, for b of n bytes, page-aligned if n is a
-	// multiple of the page; below 0 if there is none. It is closed with the file.
-	Descriptor(off int64, n int) int
 	// WriteDescriptor is an open descriptor to which pwrite(2) does what WriteThrough does; below 0 if there is none. It is closed with the file.
 	WriteDescriptor() int
 	Size() (int64, error)
-	Close() error
 }

@@ -9,6 +9,7 @@ import (
 	"github.com/coreos/torus/buf"
 	"github.com/coreos/torus/loop"
 	"github.com/coreos/torus/transport"
+	"github.com/coreos/torus/vfs"
 )
 
 type phase uint8
@@ -36,8 +37,11 @@ type Stream struct {
 	flushing bool // planned for the end of the turn
 
 	loans    map[uint32]loan
-	borrowed int  // pieces of what the other side has lent
-	crashed  bool // what is lent is nobody's any more
+	shown    []loan     // what the other side may see all the time
+	file     vfs.Reader // has come
+	expects  bool       // one may
+	borrowed int        // pieces of what the other side has lent
+	crashed  bool       // what is lent is nobody's any more
 
 	// Receiving.
 	kernel  []byte // arrived while paused
@@ -207,6 +211,10 @@ func (s *Stream) bury() {
 		}
 	}
 	s.queue, s.queued, s.in, s.kernel, s.into, s.done = nil, 0, nil, nil, nil, nil
+	if s.file != nil {
+		s.file.Close()
+		s.file = nil
+	}
 	if s.c != nil {
 		s.c.settle()
 		s.c.n.forget(s.c)
@@ -358,6 +366,12 @@ func (s *Stream) Borrow(at uint64, n int) ([]byte, error) {
 				return x.b, nil
 			}
 		}
+		for _, x := range s.out.dst.shown {
+			if x.at == at && len(x.b) == n {
+				s.borrowed++
+				return x.b, nil
+			}
+		}
 	}
 	return nil, fmt.Errorf("%d bytes at %d have not been lent: %w", n, at, torus.ErrInvalid)
 }
@@ -366,6 +380,44 @@ func (s *Stream) Borrow(at uint64, n int) ([]byte, error) {
 func (s *Stream) GiveBack() {
 	s.borrowed--
 	s.c.settle()
+}
+
+// Show implements transport.Lender.
+func (s *Stream) Show(b []byte) (at uint64, ok bool) {
+	if !s.CanBorrow() || s.phase != established {
+		return 0, false
+	}
+	for _, x := range s.shown {
+		if &x.b[0] == &b[0] {
+			return x.at, true
+		}
+	}
+	s.c.places += torus.PageSize
+	s.shown = append(s.shown, loan{b: b, at: s.c.places})
+	return s.c.places, true
+}
+
+// SendFile implements transport.Lender.
+func (s *Stream) SendFile(f vfs.Reader) bool {
+	if !s.CanBorrow() || s.phase != established {
+		return false
+	}
+	if to := s.out.dst; to.open() && to.expects && to.file == nil {
+		to.file = f
+	} else {
+		f.Close()
+	}
+	return true
+}
+
+// ExpectFile implements transport.Lender.
+func (s *Stream) ExpectFile() { s.expects = true }
+
+// TakeFile implements transport.Lender.
+func (s *Stream) TakeFile() vfs.Reader {
+	f := s.file
+	s.file, s.expects = nil, false
+	return f
 }
 
 // Borrowed is how much of what the other side has lent was not given back yet, in pieces.

@@ -11,12 +11,16 @@ import (
 	"github.com/coreos/torus/buf"
 	"github.com/coreos/torus/loop"
 	"github.com/coreos/torus/transport"
+	"github.com/coreos/torus/vfs"
 	"golang.org/x/sys/unix"
 )
 
 // The ends of a shortcut can share memory. With its first bytes each sends the descriptor of the file in which its shared buffers lie (buf.Share), if it has
 // one and the other side is the superuser or the same user; the other side maps that, to read only. To lend is then to say where something
 // lies: nothing is copied (docs/performance.md).
+//
+// An end that is trusted like that can be handed files, too, whose descriptors come with later bytes: to it who says that it expects one, since to
+// receive them costs more than bytes alone.
 //
 // Whoever has borrowed something does not close its socket, and does not shut it down, before it has given everything back. So a socket on which the other side has
 // closed its half, or which has lost the other side altogether, since that was killed, tells its owner that what it has lent is its own again. Only that the disk may still
@@ -35,6 +39,13 @@ type greeting struct {
 type loan struct {
 	owner transport.Releaser
 	size  int
+}
+
+// passing is files on their way between the ends.
+type passing struct {
+	out    vfs.Reader // goes with the next bytes; nil: none
+	in     vfs.Reader // has come
+	expect bool
 }
 
 // memory is that of both ends, as far as it is shared. It outlives its stream while something is lent or borrowed.
@@ -106,6 +117,43 @@ func (s *stream) GiveBack() {
 	if m.borrowed--; m.borrowed == 0 && m.parting != nil {
 		m.parting.gaveBack()
 	}
+}
+
+// Show implements transport.Lender.
+func (s *stream) Show(b []byte) (at uint64, ok bool) {
+	if !s.memory.lends || !s.writable() {
+		return 0, false
+	}
+	return buf.SharedAt(b)
+}
+
+// SendFile implements transport.Lender.
+func (s *stream) SendFile(f vfs.Reader) bool {
+	if !s.memory.lends || !s.writable() || s.passing.out != nil || f.Descriptor(0, 1) < 0 {
+		return false
+	}
+	s.passing.out = f
+	return true
+}
+
+// ExpectFile implements transport.Lender.
+func (s *stream) ExpectFile() { s.passing.expect = true }
+
+// TakeFile implements transport.Lender.
+func (s *stream) TakeFile() vfs.Reader {
+	f := s.passing.in
+	s.passing = passing{out: s.passing.out}
+	return f
+}
+
+// drop closes the files that nobody has got.
+func (p *passing) drop() {
+	for _, f := range []vfs.Reader{p.out, p.in} {
+		if f != nil {
+			f.Close()
+		}
+	}
+	*p = passing{}
 }
 
 // kept is all that is lent on connections that have ended. While the other sides of those hang, no more than maxKept bytes of it gather.
@@ -193,25 +241,38 @@ func (m *memory) unmap() {
 	}
 }
 
-// sendGreeting sends what iovecs hold along with our descriptor.
-func (s *stream) sendGreeting(hdr *unix.Msghdr) (n int, errno unix.Errno) {
-	oob := unix.UnixRights(buf.SharedFD())
+// accompanied reports whether a descriptor is to go along with the next bytes.
+func (s *stream) accompanied() bool { return s.greeting.send || s.passing.out != nil }
+
+// sendAlong sends what iovecs hold along with a descriptor: with the first bytes of all that of our memory, later that of a file.
+func (s *stream) sendAlong(hdr *unix.Msghdr) (n int, errno unix.Errno) {
+	greets := s.greeting.send
+	fd := buf.SharedFD()
+	if !greets {
+		fd = s.passing.out.Descriptor(0, 1)
+	}
+	oob := unix.UnixRights(fd)
 	hdr.Control = &oob[0]
 	hdr.SetControllen(len(oob))
 	r, _, errno := unix.Syscall(unix.SYS_SENDMSG, uintptr(s.reg.FD()), uintptr(unsafe.Pointer(hdr)), unix.MSG_NOSIGNAL)
-	if errno == unix.ETOOMANYREFS { // too many descriptors are on their way to processes that do not take them
-		s.greeting.send = false
-		errno = unix.EINTR // once more, without
-	}
-	if errno != 0 {
+	if errno != 0 && errno != unix.ETOOMANYREFS {
 		return 0, errno
 	}
-	s.greeting.send, s.memory.lends = false, true
+	if greets {
+		s.greeting.send, s.memory.lends = false, errno == 0
+	} else {
+		s.passing.out.Close()
+		s.passing.out = nil
+	}
+	if errno != 0 { // too many descriptors are on their way to processes that do not take them
+		return 0, unix.EINTR // once more, without
+	}
 	return int(r), 0
 }
 
-// receiveGreeting receives into iovecs, and takes the descriptor that came along.
-func (s *stream) receiveGreeting(iovecs []unix.Iovec) (n int, errno unix.Errno) {
+// receiveAlong receives into iovecs, and takes the descriptor that came along.
+func (s *stream) receiveAlong(iovecs []unix.Iovec) (n int, errno unix.Errno) {
+	greets := s.greeting.expect
 	oob := make([]byte, unix.CmsgSpace(4))
 	hdr := unix.Msghdr{Iov: &iovecs[0], Control: &oob[0]}
 	hdr.SetIovlen(len(iovecs))
@@ -233,13 +294,25 @@ func (s *stream) receiveGreeting(iovecs []unix.Iovec) (n int, errno unix.Errno) 
 			continue
 		}
 		for _, fd := range fds {
-			if s.memory.theirs == nil && s.greeting.trust {
-				s.memory.theirs = mapTheirs(fd)
-			}
-			unix.Close(fd)
+			s.receiveDescriptor(fd, greets)
 		}
 	}
 	return int(r), 0
+}
+
+func (s *stream) receiveDescriptor(fd int, greets bool) {
+	p := &s.passing
+	switch {
+	case !s.greeting.trust:
+	case greets && s.memory.theirs == nil:
+		s.memory.theirs = mapTheirs(fd)
+	case !greets && p.expect && p.in == nil:
+		if f, err := vfs.FromDescriptor(fd); err == nil {
+			p.in = f
+		}
+		return
+	}
+	unix.Close(fd)
 }
 
 // mapTheirs maps the memory of the other side; nil if it is not such that it could not hurt us: to read behind the end of a file, or what the kernel cannot find

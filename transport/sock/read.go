@@ -126,8 +126,8 @@ func (s *stream) readv() (n, asked int, errno unix.Errno) {
 	}
 	iovecs = append(iovecs, iovec(in))
 	var r uintptr
-	if s.greeting.expect {
-		n, errno = s.receiveGreeting(iovecs)
+	if s.greeting.expect || s.passing.expect {
+		n, errno = s.receiveAlong(iovecs)
 		asked = n // it ends where a descriptor came, and there may be more behind that
 		r = uintptr(n)
 	} else if asked > longTransfer+inputSize {

@@ -46,6 +46,7 @@ type stream struct {
 	// Memory of both sides, see lend.go.
 	greeting greeting
 	memory   memory
+	passing  passing
 
 	// Output, see write.go.
 	segments  []segment // segments[head:] wait to be sent
@@ -163,6 +164,7 @@ func (s *stream) release() {
 		s.reg = nil
 	}
 	s.dropQueue()
+	s.passing.drop()
 	s.dst, s.done = nil, nil
 	if !s.delivering { // else the handler still looks at it
 		s.dropInput()

@@ -160,7 +160,7 @@ func (s *stream) cut(errno unix.Errno) {
 func (s *stream) send() (n, asked int, errno unix.Errno) {
 	fd := uintptr(s.reg.FD())
 	var r uintptr
-	if len(s.segments)-s.head == 1 && !s.greeting.send {
+	if len(s.segments)-s.head == 1 && !s.accompanied() {
 		b := s.segments[s.head].b
 		asked = len(b)
 		p := uintptr(unsafe.Pointer(unsafe.SliceData(b)))
@@ -177,8 +177,8 @@ func (s *stream) send() (n, asked int, errno unix.Errno) {
 		}
 		hdr := unix.Msghdr{Iov: &iovecs[0]}
 		hdr.SetIovlen(len(iovecs))
-		if s.greeting.send {
-			n, errno = s.sendGreeting(&hdr)
+		if s.accompanied() {
+			n, errno = s.sendAlong(&hdr)
 			r = uintptr(n)
 		} else if asked > longTransfer {
 			r, _, errno = unix.Syscall(unix.SYS_SENDMSG, fd, uintptr(unsafe.Pointer(&hdr)), unix.MSG_NOSIGNAL)

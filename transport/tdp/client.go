@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/loop"
 	"github.com/coreos/torus/record"
@@ -28,6 +30,8 @@ type ClientConfig struct {
 	// Down is called when a connection is lost, before the requests under way on it fail, and when
 	// an attempt to connect fails. It may come several times in a row, and not after Close.
 	Down func(error)
+
+	Direct prometheus.Counter // reads that the peer has not been asked for; may be nil
 
 	Rand *rand.Rand   // for jitter; nil: seeded from Hello
 	Log  *slog.Logger // nil: discard
@@ -76,7 +80,7 @@ func (cfg *ClientConfig) setDefaults() {
 // effect at the peer is unknown. Errors of the peer's own wrap their sentinel, see torus.ErrorCode.
 //
 // The Data of an Append must stay as it is until Done, as everywhere; that of a Read is written to
-// directly from the socket.
+// directly from the socket, or read from the peer's own file if that is on this machine (direct.go).
 type Client struct {
 	l    loop.Loop
 	n    transport.Network
@@ -100,6 +104,10 @@ type Client struct {
 	tickFn func()
 
 	head [HeaderSize]byte // scratch
+
+	lookups []*lookup        // to be used again
+	read    []*torus.Request // what has been read already, and is finished at the end of the turn
+	readFn  func()
 }
 
 var _ torus.BlockStore = (*Client)(nil)
@@ -117,7 +125,7 @@ func Dial(l loop.Loop, n transport.Network, cfg ClientConfig) *Client {
 	cfg.setDefaults()
 	c := &Client{l: l, n: n, cfg: cfg, dial: DialAddr(cfg.Addr), slots: newSlots(), backoff: cfg.MinBackoff}
 	c.every = max(min(cfg.PingEvery, cfg.DeadAfter/2)/2, time.Millisecond)
-	c.tickFn = c.tick
+	c.tickFn, c.readFn = c.tick, c.finishRead
 	c.down = c.unavailable(errors.New("not connected yet"))
 	l.Defer(c.connect)
 	return c
@@ -125,6 +133,9 @@ func Dial(l loop.Loop, n transport.Network, cfg ClientConfig) *Client {
 
 // Up reports whether requests can be sent just now.
 func (c *Client) Up() bool { return c.up }
+
+// Near reports whether the peer is on this machine and lets us read its files.
+func (c *Client) Near() bool { return c.up && c.link.looks }
 
 // Addr is the address the client was made for.
 func (c *Client) Addr() string { return c.cfg.Addr }
@@ -206,11 +217,19 @@ func (c *Client) Submit(r *torus.Request) {
 		r.Finish(err)
 		return
 	}
+	if r.Op == torus.OpRead && c.link.looks && r.Epoch == 0 && c.link.look(r) {
+		return
+	}
 	id, ok := c.slots.take(r, c.ticks)
 	if !ok {
 		r.Finish(errTooMany)
 		return
 	}
+	c.send(id, r)
+}
+
+// send sends the request that is in a slot.
+func (c *Client) send(id uint32, r *torus.Request) {
 	f := frame{op: uint8(r.Op), id: id, ref: r.Ref, epoch: r.Epoch, off: r.Off, len: r.Len}
 	switch r.Op {
 	case torus.OpAppend:
@@ -302,6 +321,8 @@ type link struct {
 	lender  transport.Lender // nil: s is none
 	lends   bool             // the peer can borrow from us
 	borrows bool             // we can borrow from it
+	looks   bool             // we can read its blocks ourselves
+	places  places
 
 	quiet  int  // ticks since the last sign of life
 	pinged bool // since then
@@ -378,6 +399,7 @@ func (k *link) gone(err error) {
 	k.dial.Stop()
 	c.ticker.Stop()
 	c.link, c.up = nil, false
+	k.forgetPlaces()
 	if !c.closed {
 		c.down = c.unavailable(err)
 		if text := err.Error(); text != c.said {
@@ -547,6 +569,8 @@ func expected(f *frame, r *torus.Request) error {
 		ok = int(f.payload) == len(r.Data)
 	case r.Op == torus.OpScan:
 		ok = f.payload <= r.Len
+	case r.Op == opWhere:
+		ok = f.payload == placeSize
 	case r.Op == torus.OpFence, r.Op == torus.OpList:
 		ok = f.payload%tailSize == 0 && uint64(f.payload) <= uint64(r.Len)*tailSize
 	}
@@ -565,9 +589,9 @@ func (k *link) finish(f *frame, r *torus.Request, p []byte) {
 		err = newRemoteError(c.cfg.Addr, f, p)
 	case r.Op == torus.OpFence, r.Op == torus.OpList:
 		r.Tails, err = decodeTails(f, p)
-	case r.Op == torus.OpScan:
+	case r.Op == torus.OpScan, r.Op == opWhere:
 		if record.Checksum(p) != f.sum {
-			err = fmt.Errorf("scan: %w", torus.ErrCorrupt)
+			err = fmt.Errorf("reply to %v: %w", r.Op, torus.ErrCorrupt)
 		}
 		r.Data = p
 	}
@@ -603,6 +627,7 @@ func (k *link) onHello(f *frame, p []byte) {
 	k.dial.Stop()
 	k.lends = k.lender != nil && h.Features&featureBorrow != 0
 	k.borrows = k.lender != nil && k.lender.CanBorrow()
+	k.looks = k.borrows && h.Features&featureWhere != 0
 	c.up, c.backoff, c.said = true, c.cfg.MinBackoff, ""
 	c.nextTick()
 	c.cfg.Log.Debug("connected to peer", "peer", c.cfg.Addr, "uuid", h.ID, "name", h.Name)

@@ -212,6 +212,10 @@ func (c *conn) Data(_ transport.Stream, b []byte) (consumed, need int) {
 			c.send(&frame{op: uint8(torus.OpPing) | opReply})
 			continue
 		}
+		if f.op == opWhere {
+			c.where(&f)
+			continue
+		}
 		q := c.srv.newCall(c)
 		q.id = f.id
 		q.lend = f.op == uint8(torus.OpRead) && f.flags&flagLent != 0 && f.len >= lendReadsAtLeast && c.lender != nil
@@ -273,7 +277,7 @@ func (c *conn) acceptable(f *frame) error {
 		bad = bad || f.len > MaxPayload
 	case torus.OpList:
 		bad = bad || f.len > MaxTails
-	case torus.OpSync, torus.OpFence, torus.OpSeal, torus.OpDelete, torus.OpVerify, opReturn:
+	case torus.OpSync, torus.OpFence, torus.OpSeal, torus.OpDelete, torus.OpVerify, opReturn, opWhere:
 	default:
 		return fmt.Errorf("unknown op %#x: %w", f.op, torus.ErrNotSupported)
 	}
@@ -447,6 +451,9 @@ func (c *conn) onHello(f *frame, p []byte) {
 	mine := c.srv.cfg.Hello
 	if c.lender != nil && c.lender.CanBorrow() {
 		mine.Features |= featureBorrow
+	}
+	if c.lender != nil && c.srv.places != nil {
+		mine.Features |= featureWhere
 	}
 	c.s.Write(mine.encode())
 	c.busy = true

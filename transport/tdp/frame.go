@@ -28,6 +28,7 @@ const (
 	opHello   = 0x40 // the first frame, either way
 	opGoodbye = 0x41 // the last frame: why the sender closes
 	opReturn  = 0x42 // what was lent in reply to the request of this id is not needed any more
+	opWhere   = 0x43 // where does a block lie? (package place)
 	opReply   = 0x80 // this bit marks the answer to a request
 )
 
@@ -52,6 +53,8 @@ const (
 	flagReserve = 1
 	// flagLent, of an Append or the reply to a Read: length bytes of payload are not sent but lent (transport.Lender). Of a Read: the reply may be.
 	flagLent = 2
+	// flagFile, of a Where: the file is wanted, too, and comes with the reply.
+	flagFile = 4
 
 	// lendAtLeast is how much is lent rather than sent, in bytes.
 	lendAtLeast = 16 << 10
@@ -153,6 +156,8 @@ func flagsOf(op uint8) uint16 {
 		return flagReserve | flagLent
 	case uint8(torus.OpRead), uint8(torus.OpRead) | opReply:
 		return flagLent
+	case opWhere:
+		return flagFile
 	}
 	return 0
 }

@@ -14,8 +14,11 @@ const (
 	MaxVersion = 1
 )
 
-// featureBorrow, of a server: it can borrow what the client lends.
-const featureBorrow = 1
+// What a server can do beside what all do.
+const (
+	featureBorrow = 1 // it can borrow what the client lends
+	featureWhere  = 2 // it says where its blocks lie
+)
 
 // Role says which side of the protocol somebody is on.
 type Role uint8
@@ -48,7 +51,7 @@ type Hello struct {
 	Role       Role
 	MinVersion uint16
 	MaxVersion uint16
-	Features   uint64 // bits for what is optional: featureBorrow
+	Features   uint64 // bits for what is optional, of a server: feature*
 }
 
 const (

@@ -10,13 +10,15 @@ import (
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/loop"
+	"github.com/coreos/torus/place"
 	"github.com/coreos/torus/transport"
 )
 
 // ServerConfig is what Serve needs to know. Zero numbers mean the default given with each.
 type ServerConfig struct {
 	Hello Hello // how we introduce ourselves
-	// Store takes the requests, on the server's loop. Those of one connection come in their order of arrival.
+	// Store takes the requests, on the server's loop. Those of one connection come in their order of arrival. If it is a place.Store clients on this machine
+	// may read its blocks themselves.
 	Store torus.BlockStore
 
 	Log        *slog.Logger          // nil: discard
@@ -65,6 +67,7 @@ func (cfg *ServerConfig) setDefaults() {
 type Server struct {
 	l      loop.Loop
 	cfg    ServerConfig
+	places place.Store // cfg.Store, or nil
 	ln     transport.Listener
 	m      metrics
 	conns  []*conn
@@ -90,6 +93,7 @@ func Serve(l loop.Loop, n transport.Network, addr string, cfg ServerConfig) (*Se
 		return nil, fmt.Errorf("metrics of the TDP server: %w", err)
 	}
 	s := &Server{l: l, cfg: cfg, m: m}
+	s.places, _ = cfg.Store.(place.Store)
 	s.ln, err = n.Listen(l, DialAddr(addr), s.accept)
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", addr, err)
