@@ -72,7 +72,7 @@ type Lender interface {
 	// SendFile hands a file to the other side, where it is by the time that what is written next is. It is the stream's from here on, which
 	// closes it. False if that cannot be, or another is to be sent first: then it stays the caller's.
 	SendFile(f vfs.Reader) bool
-	// ExpectFile is to be called before the other side can send a file, or it will be lost.
+	// ExpectFile is to be called before the other side can send a file: one that nobody expects is lost, and may hold up what follows.
 	ExpectFile()
 	// TakeFile returns the file that has come, for the caller to close; nil if none has. No more are expected.
 	TakeFile() vfs.Reader

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/coreos/torus/vfs"
 	"github.com/coreos/torus/vfs/vfstest"
 )
@@ -254,6 +256,103 @@ func TestCrashIsReproducible(t *testing.T) {
 	a, b := image(), image()
 	if a != b {
 		t.Fatal("two crashes from the same seed differ")
+	}
+}
+
+// A Reader reads what is there, and outlives the file that it came from, the end of the process that opened it, and its name.
+func TestReader(t *testing.T) {
+	mem := vfs.NewMem(1)
+	for name, fsys := range map[string]vfs.FS{"os": vfs.NewOS(t.TempDir()), "mem": mem, "errors": vfs.NewErrors(mem, func(vfs.Op) error { return nil })} {
+		t.Run(name, func(t *testing.T) {
+			f, err := fsys.Create(name)
+			must(t, err)
+			r, err := f.Reader()
+			must(t, err)
+			b := bytes.Repeat([]byte("abcd"), 1024)
+			_, err = f.WriteAt(b, 4096)
+			must(t, err)
+			read := func(what string) {
+				t.Helper()
+				got := make([]byte, len(b))
+				if _, err := r.ReadAt(got, 4096); err != nil || !bytes.Equal(got, b) {
+					t.Errorf("%s: %v, or other bytes", what, err)
+				}
+				for range 100 {
+					if _, err := r.ReadAtCached(got, 4096); err == nil && bytes.Equal(got, b) {
+						return
+					} else if !errors.Is(err, vfs.ErrWouldBlock) {
+						t.Errorf("%s: %v", what, err)
+					}
+				}
+				t.Errorf("%s: never cached", what)
+			}
+			read("at first")
+			must(t, f.Close())
+			read("the file closed")
+			must(t, fsys.Remove(name))
+			read("removed")
+			if name != "os" {
+				mem.Kill()
+				read("killed")
+			}
+			must(t, r.Close())
+			if _, err := r.ReadAt(b, 0); err == nil {
+				t.Error("read after Close")
+			}
+		})
+	}
+}
+
+// What others hand over is read only, and past the page cache where that pays; only files are taken.
+func TestFromDescriptor(t *testing.T) {
+	dir := t.TempDir()
+	f, err := vfs.NewOS(dir).Create("f")
+	must(t, err)
+	defer f.Close()
+	b := bytes.Repeat([]byte("0123456789abcdef"), 64<<10)
+	_, err = f.WriteAt(b, 0)
+	must(t, err)
+	mine, err := f.Reader()
+	must(t, err)
+	defer mine.Close()
+	if _, err := unix.Pwrite(mine.Descriptor(0, 1), b[:1], 0); err == nil {
+		t.Error("a Reader's descriptor can be written to")
+	}
+	fd, err := unix.Dup(mine.Descriptor(0, 1))
+	must(t, err)
+	r, err := vfs.FromDescriptor(fd)
+	must(t, err)
+	got := make([]byte, len(b))
+	if _, err := r.ReadAt(got, 0); err != nil || !bytes.Equal(got, b) {
+		t.Errorf("%v, or other bytes", err)
+	}
+	for _, n := range []int{4096, len(b)} { // the second may be a descriptor of its own
+		d := r.Descriptor(0, n)
+		if k, err := unix.Pread(d, got[:4096], 4096); err != nil || k != 4096 || !bytes.Equal(got[:4096], b[4096:8192]) {
+			// O_DIRECT wants memory that is aligned as the disk is
+			if flags, _ := unix.FcntlInt(uintptr(d), unix.F_GETFL, 0); flags&unix.O_DIRECT == 0 {
+				t.Errorf("%d bytes: %d, %v", n, k, err)
+			}
+		}
+		if flags, err := unix.FcntlInt(uintptr(d), unix.F_GETFL, 0); err != nil || flags&unix.O_ACCMODE != unix.O_RDONLY {
+			t.Errorf("%d bytes: flags %#x, %v", n, flags, err)
+		}
+	}
+	must(t, r.Close())
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == nil {
+		t.Error("the descriptor is still open")
+	}
+	var pipe [2]int
+	must(t, unix.Pipe(pipe[:]))
+	if _, err := vfs.FromDescriptor(pipe[0]); err == nil {
+		t.Error("a pipe was taken")
+	}
+	if _, err := unix.FcntlInt(uintptr(pipe[0]), unix.F_GETFD, 0); err == nil {
+		t.Error("what was not taken is still open")
+	}
+	unix.Close(pipe[1]) //nolint:errcheck // the test is over
+	if _, err := vfs.FromDescriptor(1 << 20); err == nil {
+		t.Error("taken what is none")
 	}
 }
 
