@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"log/slog"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -23,6 +24,7 @@ type cluster struct {
 	d     *distributor.Distributor
 	held  map[torus.PeerID]byte // what a peer answers to every read; absent: ErrBlockNotExist
 	asked []torus.PeerID
+	near  map[torus.PeerID]bool
 	fence uint64 // of all peers
 	epoch uint64 // of reads
 	log   bytes.Buffer
@@ -34,6 +36,9 @@ type conn struct {
 }
 
 func (c *conn) Close() {}
+
+// Near: some peers are on the reader's machine.
+func (c *conn) Near() bool { return c.c.near[c.id] }
 
 func (c *conn) Submit(q *torus.Request) {
 	c.c.asked = append(c.c.asked, c.id)
@@ -58,7 +63,14 @@ func id(i int) torus.PeerID { return torus.PeerID{byte(i)} }
 
 // newCluster has peers 1 … n in its directory, those in down not connected, and the given ones in the ring.
 func newCluster(t *testing.T, n int, members []int, down ...int) *cluster {
-	c := &cluster{t: t, v: loop.NewVirtual(1), held: map[torus.PeerID]byte{}}
+	return newClusterNear(t, n, members, nil, down...)
+}
+
+func newClusterNear(t *testing.T, n int, members, near []int, down ...int) *cluster {
+	c := &cluster{t: t, v: loop.NewVirtual(1), held: map[torus.PeerID]byte{}, near: map[torus.PeerID]bool{}}
+	for _, i := range near {
+		c.near[id(i)] = true
+	}
 	c.l = c.v.NewLoop("c")
 	c.d = distributor.New(distributor.Config{
 		Loop: c.l, Log: slog.New(slog.NewTextHandler(&c.log, nil)),
@@ -170,6 +182,28 @@ func TestReadFindsBlock(t *testing.T) {
 	if len(c.asked) != 6 {
 		t.Fatalf("asked %v", c.asked)
 	}
+}
+
+// A replica on this machine is asked first, if it is healthy and answers.
+func TestReadNear(t *testing.T) {
+	set := torus.PeerList{id(1), id(2), id(3)}
+	c := newClusterNear(t, 4, []int{1, 2, 3, 4}, []int{2, 3})
+	c.held = map[torus.PeerID]byte{id(1): 7, id(2): 7, id(3): 7}
+	ask := func(want ...torus.PeerID) {
+		t.Helper()
+		if err, done := c.read(set, false); err != nil || !done || !slices.Equal(c.asked, want) {
+			t.Errorf("%v, done %v; asked %v, want %v", err, done, c.asked, want)
+		}
+	}
+	ask(id(2))
+	delete(c.held, id(2))
+	ask(id(2), id(3))
+	c.l.Post(func() { c.d.Lost(id(2)) })
+	c.v.RunFor(0)
+	ask(id(3))
+	c.l.Post(func() { c.d.Lost(id(3)) })
+	c.v.RunFor(0)
+	ask(id(1))
 }
 
 // Who may come back is waited for, who is not in the directory any more is not.

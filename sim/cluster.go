@@ -9,6 +9,8 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/block"
 	"github.com/coreos/torus/device"
@@ -49,6 +51,7 @@ type Cluster struct {
 	Peers   []*Peer
 	Clients []*Client
 	Witness *Witness
+	Direct  tally // reads from the file of a peer which was not asked
 	// PeerMDS decides about the peers' own requests to the metadata service; nil: all reach it.
 	PeerMDS func(context.Context, string) temp.Fault
 	opt     Options
@@ -58,6 +61,14 @@ type Cluster struct {
 	rings   map[uint64]torus.Ring
 	ring    uint64 // version of the newest
 }
+
+// tally is a metric that the simulator looks at.
+type tally struct {
+	prometheus.Counter // nil: only Inc may be called
+	n                  int
+}
+
+func (t *tally) Inc() { t.n++ }
 
 // Peer is a storage node: a disk that outlives its process.
 type Peer struct {
@@ -349,7 +360,7 @@ func (c *Cluster) follow(l *loop.VirtualLoop, name string, id torus.PeerID, mds 
 			return tdp.Dial(l, c.Net.Host(name), tdp.ClientConfig{
 				Addr: addr, Peer: p, Log: log,
 				Hello: tdp.Hello{Cluster: c.gmd.ClusterID, ID: id, Incarnation: 1, BlockSize: c.opt.BlockSize, Name: name},
-				Up:    func(tdp.Hello) { up() }, Down: down,
+				Up:    func(tdp.Hello) { up() }, Down: down, Direct: &c.Direct,
 			})
 		},
 		LoadRing: func(version uint64) (torus.Ring, error) {

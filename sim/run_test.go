@@ -51,7 +51,7 @@ func TestSeeds(t *testing.T) {
 	var mu sync.Mutex
 	next, failed := from, 0
 	faults := map[string]int{}
-	attaches, acks, leaked, left := 0, 0, 0, 0
+	attaches, acks, leaked, left, direct := 0, 0, 0, 0, 0
 	var past [5]int
 	began := time.Now()
 	var wg sync.WaitGroup
@@ -74,6 +74,7 @@ func TestSeeds(t *testing.T) {
 				}
 				if r != nil {
 					attaches, acks, leaked, left = attaches+r.Attaches, acks+r.Acks, leaked+r.Leaked, left+r.Left
+					direct += r.Direct.n
 					for i, n := range []int{r.Snapshots, r.Views, r.Clones, r.Flattened, r.Returns} {
 						past[i] += n
 					}
@@ -92,8 +93,11 @@ func TestSeeds(t *testing.T) {
 	}
 	slices.Sort(said)
 	played := min(next, from+n) - from
-	t.Logf("%d schedules, %v each: %d attaches compared with the history, %d writes acknowledged, %d blocks left that nobody lists, %d of deleted volumes; %d snapshots, %d views of moments compared, %d clones, %d flattened, %d volumes taken back; faults: %s",
-		played, (time.Since(began) / time.Duration(max(played, 1))).Round(time.Microsecond), attaches, acks, leaked, left, past[0], past[1], past[2], past[3], past[4], strings.Join(said, ", "))
+	t.Logf("%d schedules, %v each: %d attaches compared with the history, %d writes acknowledged, %d blocks left that nobody lists, %d of deleted volumes; %d snapshots, %d views of moments compared, %d clones, %d flattened, %d volumes taken back; %d reads past a peer; faults: %s",
+		played, (time.Since(began) / time.Duration(max(played, 1))).Round(time.Microsecond), attaches, acks, leaked, left, past[0], past[1], past[2], past[3], past[4], direct, strings.Join(said, ", "))
+	if played >= 50 && failed == 0 && direct < int(played) {
+		t.Errorf("%d reads past a peer: these schedules say little of them", direct)
+	}
 }
 
 // Schedules that have found something which others seldom come to.

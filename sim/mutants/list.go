@@ -306,6 +306,27 @@ var mutants = []Mutant{
 		Edits: []Edit{{"			if a.chunks[i].overlaps(", "			if a.chunks[i].loaded && a.chunks[i].overlaps("}},
 	},
 
+	{
+		Name: "place-kept", Rule: "a block's slot is used again although nobody was told who reads it past the peer", File: "storage/seal.go",
+		Edits:   []Edit{{"	d.ledger.Change(s)\n	d.index.remove(x.key)\n", "	d.index.remove(x.key)\n"}},
+		Package: "./transport/tdp", Test: "^TestDirect",
+	},
+	{
+		Name: "place-not-looked-at", Rule: "what was read past the peer counts although the block is not there any more", File: "transport/tdp/direct.go",
+		Edits:   []Edit{{"		if l.err == nil && l.spot.good() {", "		if l.err == nil {"}},
+		Package: "./transport/tdp", Test: "^TestDirect",
+	},
+	{
+		Name: "place-in-the-air", Rule: "what is not in the file yet is said to be", File: "storage/place.go",
+		Edits:   []Edit{{"min(d.slots[s].length, d.aloft(s))", "d.slots[s].length"}},
+		Package: "./storage", Test: "^TestLocate",
+	},
+	{
+		Name: "place-of-the-lost", Rule: "what a failed disk has lost is read past the peer", File: "storage/disk.go",
+		Edits:   []Edit{{"			d.ledger.Change(s)\n			lost++", "			lost++"}},
+		Package: "./storage", Test: "^TestLocate",
+	},
+
 	// Clones.
 	{
 		Name: "clone-unforgotten", Rule: "a volume keeps for ever what a clone needed that was deleted half-way", File: "peer/repair/pass.go",
