@@ -570,7 +570,7 @@ func expected(f *frame, r *torus.Request) error {
 	case r.Op == torus.OpScan:
 		ok = f.payload <= r.Len
 	case r.Op == opWhere:
-		ok = f.payload == placeSize
+		ok = f.payload == whereSize
 	case r.Op == torus.OpFence, r.Op == torus.OpList:
 		ok = f.payload%tailSize == 0 && uint64(f.payload) <= uint64(r.Len)*tailSize
 	}

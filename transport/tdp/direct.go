@@ -25,7 +25,7 @@ const (
 	// maxFiles bounds the files of one peer that are open. Blocks in others are read through the peer.
 	maxFiles = 512
 
-	placeSize = 40 // bytes
+	whereSize = 40 // bytes
 )
 
 var errIndex = fmt.Errorf("a stamp outside of the ledger: %w", torus.ErrInvalid)
@@ -231,16 +231,15 @@ func (k *link) located(r *torus.Request) {
 		}
 		return
 	}
-	le := binary.LittleEndian
-	number := le.Uint32(r.Data)
+	w := decodeWhere(r.Data)
 	switch {
-	case p.files[number] != nil:
+	case p.files[w.File] != nil:
 		if file != nil {
 			file.Close()
 		}
-		file = p.files[number]
+		file = p.files[w.File]
 	case file != nil:
-		p.files[number] = file
+		p.files[w.File] = file
 	case r.Reserve: // it was lost, as this process has too many open; ask for no more
 		return
 	default:
@@ -251,23 +250,21 @@ func (k *link) located(r *torus.Request) {
 		}
 		return
 	}
-	at := le.Uint64(r.Data[16:])
-	page := p.ledger[at]
-	if page == nil {
-		var err error
-		if page, err = k.lender.Borrow(at, place.PageSize); err != nil {
-			k.refuse(err)
-			return
-		}
-		p.ledger[at] = page
-	}
-	index := le.Uint32(r.Data[24:])
-	if index >= place.Stamps {
+	if w.Index >= place.Stamps {
 		k.refuse(errIndex)
 		return
 	}
-	s.file, s.length, s.off = file, le.Uint32(r.Data[4:]), int64(le.Uint64(r.Data[8:]))
-	s.page, s.index, s.stamp = page, index, le.Uint64(r.Data[32:])
+	page := p.ledger[w.at]
+	if page == nil {
+		var err error
+		if page, err = k.lender.Borrow(w.at, place.PageSize); err != nil {
+			k.refuse(err)
+			return
+		}
+		p.ledger[w.at] = page
+	}
+	s.file, s.length, s.off = file, w.Length, w.Off
+	s.page, s.index, s.stamp = page, w.Index, w.Stamp
 }
 
 // forgetPlaces is for a link that is gone.
@@ -327,13 +324,32 @@ func (c *conn) find(f *frame) ([]byte, error) {
 			return nil, torus.ErrAgain
 		}
 	}
+	w := where{p, at}
+	return w.encode(), nil
+}
+
+// where is the payload of the reply to a Where.
+type where struct {
+	place.Place        // but for Page
+	at          uint64 // where that is in the peer's memory
+}
+
+func (w *where) encode() []byte {
 	le := binary.LittleEndian
-	b := make([]byte, 0, placeSize)
-	b = le.AppendUint32(b, p.File)
-	b = le.AppendUint32(b, p.Length)
-	b = le.AppendUint64(b, uint64(p.Off))
-	b = le.AppendUint64(b, at)
-	b = le.AppendUint32(b, p.Index)
+	b := make([]byte, 0, whereSize)
+	b = le.AppendUint32(b, w.File)
+	b = le.AppendUint32(b, w.Length)
+	b = le.AppendUint64(b, uint64(w.Off))
+	b = le.AppendUint64(b, w.at)
+	b = le.AppendUint32(b, w.Index)
 	b = le.AppendUint32(b, 0)
-	return le.AppendUint64(b, p.Stamp), nil
+	return le.AppendUint64(b, w.Stamp)
+}
+
+// decodeWhere reads whereSize bytes.
+func decodeWhere(b []byte) where {
+	le := binary.LittleEndian
+	return where{place.Place{
+		File: le.Uint32(b), Length: le.Uint32(b[4:]), Off: int64(le.Uint64(b[8:])), Index: le.Uint32(b[24:]), Stamp: le.Uint64(b[32:]),
+	}, le.Uint64(b[16:])}
 }

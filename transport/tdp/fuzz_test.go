@@ -129,7 +129,7 @@ func FuzzServer(f *testing.F) {
 		}
 		b = append([]byte(nil), b...)
 		if mode&2 != 0 {
-			b = mend(b, []byte{1, 2, 3, 4, 5, 6, 7, 8, 9, opHello, opGoodbye, 2, 6})
+			b = mend(b, []byte{1, 2, 3, 4, 5, 6, 7, 8, 9, opHello, opGoodbye, 2, 6, opWhere})
 		}
 		r := &raw{}
 		r.open = func(s transport.Stream) {
@@ -180,7 +180,7 @@ func FuzzClient(f *testing.F) {
 		ls, lc := v.NewLoop("server"), v.NewLoop("client")
 		b = append([]byte(nil), b...)
 		if mode&2 != 0 {
-			b = mend(b, []byte{0x81, 0x82, 0x83, 0x84, 0x85, 0x86, 0x87, 0x88, 0x89, opHello, opGoodbye})
+			b = mend(b, []byte{0x81, 0x82, 0x83, 0x84, 0x85, 0x86, 0x87, 0x88, 0x89, opHello, opGoodbye, opWhere | opReply})
 			for at := 0; at+HeaderSize <= len(b); { // ids that are under way
 				h := b[at:]
 				binary.LittleEndian.PutUint32(h[atID:], 1<<16|uint32(h[atID]%6))

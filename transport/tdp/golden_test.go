@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/coreos/torus"
+	"github.com/coreos/torus/place"
 	"github.com/coreos/torus/record"
 )
 
@@ -67,6 +68,10 @@ func TestGolden(t *testing.T) {
 		f.op, f.id = uint8(op)|opReply, 0x00010002
 		return f
 	}
+	located := where{place.Place{File: 3, Off: 5 << 20, Length: 12288, Stamp: 0x0102030405060708, Index: 1030}, 7 << 16}
+	if got := decodeWhere(located.encode()); got != located {
+		t.Errorf("%+v became %+v", located, got)
+	}
 	for name, b := range map[string][]byte{
 		"hello.peer":     hello.encode(),
 		"hello.client":   client.encode(),
@@ -77,6 +82,8 @@ func TestGolden(t *testing.T) {
 		"append.reserve": append(encodeFrame(req(torus.OpAppend, frame{flags: flagReserve, epoch: 9, off: 4096, len: 4096, payload: 4096})), page...),
 		"append.reply":   encodeFrame(rep(torus.OpAppend, frame{len: 8192})),
 		"append.fenced":  withPayload(rep(torus.OpAppend, frame{code: torus.ErrorCode(torus.ErrFenced), fence: 10}), []byte("fenced")),
+		"where.request":  encodeFrame(req(opWhere, frame{flags: flagFile})),
+		"where.reply":    withPayload(rep(opWhere, frame{}), located.encode()),
 		"sync.request":   encodeFrame(req(torus.OpSync, frame{epoch: 9, len: 8192})),
 		"sync.reply":     encodeFrame(rep(torus.OpSync, frame{len: 8192})),
 		"fence.request":  encodeFrame(req(torus.OpFence, frame{epoch: 10, len: 32})),
