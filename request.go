@@ -86,6 +86,8 @@ type Request struct {
 	// Reserve, of an Append or Put, lets it take one of the slots that a store keeps back from ordinary writes: for what a full
 	// cluster needs in order to be recovered, and to become less full.
 	Reserve bool
+	// Durable, of an Append, says that a Sync of it follows at once: a store may make it durable in the same go.
+	Durable bool
 
 	// Done is called exactly once, on the loop of whoever submitted, possibly before Submit returns.
 	Done func(*Request)

@@ -93,7 +93,7 @@ func (f *File) send(r *rec) {
 		o.seg.refs++
 		q := &o.req
 		q.Op, q.Ref, q.Epoch, q.Off, q.Len, q.Data, q.Peer = torus.OpAppend, b.ref, f.epoch, r.off, r.size(), r.mem, p
-		q.Owner, q.Reserve = r.seg.b, b.kept
+		q.Owner, q.Reserve, q.Durable = r.seg.b, b.kept, r.flush
 		f.dist.Submit(p, q)
 		if b.dead {
 			return // the submission failed at once, and the log has rolled

@@ -112,8 +112,12 @@ func (d *Disk) append(r *torus.Request) bool {
 		d.refuse(r, fmt.Errorf("append to %v, of which %d slow reads are under way: %w", r.Ref, maxPins, torus.ErrAgain))
 		return true
 	}
-	flies := len(data) >= d.bulk || found && d.flying(s, length)
-	if !flies {
+	durable := r.Durable && found && d.atOnce(s, len(data))
+	flies := !durable && (len(data) >= d.bulk || found && d.flying(s, length))
+	switch {
+	case durable:
+		err = f.f.WriteDurable(data, place+int64(length))
+	case !flies:
 		_, err = f.f.WriteAt(data, place+int64(length))
 	}
 	if err == nil && !found {
@@ -146,11 +150,17 @@ func (d *Disk) append(r *torus.Request) bool {
 	o := &d.opens[x.open]
 	x.length += uint32(len(data))
 	o.flushed = max(o.flushed, flushed)
-	if !o.dirty {
+	if durable {
+		o.durable = x.length
+		d.observeSync(f.f)
+		d.metrics.flushes.Inc()
+	} else if !o.dirty {
 		o.dirty = true
 		f.sync.dirty = append(f.sync.dirty, s)
 	}
-	f.sync.bytes += len(data)
+	if !durable {
+		f.sync.bytes += len(data)
+	}
 	d.appended += uint64(len(data))
 	if flies {
 		return true
@@ -159,6 +169,14 @@ func (d *Disk) append(r *torus.Request) bool {
 	r.Length = x.length
 	r.Finish(nil)
 	return true
+}
+
+// atOnce reports whether n bytes are to be appended to a block so that they are durable with the write itself, which saves an fdatasync and a copy: if all that there is of the
+// block is durable, and an fdatasync would be made on the loop as well (begin).
+func (d *Disk) atOnce(s uint32, n int) bool {
+	x := &d.slots[s]
+	o := &d.opens[x.open]
+	return n < d.bulk && d.quick() && o.durable == x.length && o.flights == 0 && x.entry == entryClean
 }
 
 func errDiffers(r *torus.Request) error {

@@ -97,7 +97,11 @@ func (f lateFile) Datasync() error {
 }
 
 func newWorld(seed uint64, mem *vfs.Mem, fsys vfs.FS) *world {
-	return &world{rng: rand.New(rand.NewPCG(seed, 77)), mem: mem, fs: fsys, blocks: map[torus.BlockRef]*truth{}}
+	w := &world{rng: rand.New(rand.NewPCG(seed, 77)), mem: mem, fs: fsys, blocks: map[torus.BlockRef]*truth{}}
+	if w.rng.IntN(2) == 0 {
+		mem.SetSlowSyncs(0, 0) // a disk that is always quick is waited for on the loop
+	}
+	return w
 }
 
 func crashConfig(l loop.Loop, fsys vfs.FS) storage.Config {
@@ -170,7 +174,12 @@ func (w *world) step() {
 			return
 		}
 		b.data = append(b.data, data...)
-		w.submit(&torus.Request{Op: torus.OpAppend, Ref: ref, Off: uint32(off), Data: data, Reserve: w.rng.IntN(2) == 0}, func() { b.held = max(b.held, off+len(data)) })
+		end := off + len(data)
+		durable := w.rng.IntN(3) == 0
+		w.submit(&torus.Request{Op: torus.OpAppend, Ref: ref, Off: uint32(off), Data: data, Reserve: w.rng.IntN(2) == 0, Durable: durable}, func() { b.held = max(b.held, end) })
+		if durable {
+			w.submit(&torus.Request{Op: torus.OpSync, Ref: ref, Len: uint32(end)}, func() { b.synced = max(b.synced, end) })
+		}
 	case k < 15:
 		n := b.known(w.rng)
 		if n > 0 {

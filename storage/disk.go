@@ -79,6 +79,7 @@ type Disk struct {
 	puts      map[key]*putting // under way
 	bulk      int              // bytes of an append that goes past the page cache
 	flights   []*flight        // in the order in which they took off
+	writing   int              // bytes of them that the disk has been given
 	damaged   func(torus.BlockRef)
 	parked    []*torus.Request // wait for a slot that is in the making, and all that came after them
 	unparking bool

@@ -14,9 +14,13 @@ import (
 // Reads in such pieces go past the cache as well.
 const bulkBytes = 256 << 10
 
+// maxWriting is how many times bulkBytes the disk is given at a time; one flight more takes off as long as it has less. A small write or an fdatasync waits for what the disk was
+// given before it, and a MiB is enough to keep it busy (docs/performance.md).
+const maxWriting = 4
+
 // flight is an Append that the kernel or a helper writes, as that waits for the disk. For everybody but the one who sent it, it is done when it takes off:
 // the block has its new length, and what is in the air is read from the request's own memory. The reply waits for it, and for those of the
-// same block that took off before, so that the end of the process takes nothing that was acknowledged. An fdatasync begins only when what it covers has landed.
+// same block that took off before, so that the end of the process takes nothing that was acknowledged. An fdatasync covers only what has landed.
 //
 // Small appends fly behind large ones of their block: what goes through the page cache beside a write that goes past it, in the same page of the cache, which may be
 // of 2 MiB, makes that write fail. Blocks share no such page (dataOffset).
@@ -29,7 +33,7 @@ type flight struct {
 	off     uint32 // in the block
 	data    []byte // the part of r.Data that is new; nothing if all of it is on its way already, and only the reply has to wait
 	end     uint32 // of the block, with r.Data
-	covered bool   // by the fdatasync that is about to begin
+	started bool   // the kernel or a helper has it
 	landed  bool
 	err     error // of the helper
 }
@@ -43,16 +47,33 @@ func (d *Disk) takeOff(r *torus.Request, s uint32, data []byte) {
 	fl := &flight{d: d, r: r, f: f, slot: s, place: place + int64(x.length), off: x.length, data: data, end: x.length + uint32(len(data))}
 	x.pins++
 	d.opens[x.open].flights++
-	fl.f.sync.aloft++
 	d.flights = append(d.flights, fl)
-	d.loop.Offload(fl)
+	d.launch()
+}
+
+// launch has flights written, in order, as many as may be under way together.
+func (d *Disk) launch() {
+	if d.closed {
+		return // Close writes what is left
+	}
+	for _, fl := range d.flights {
+		if fl.started {
+			continue
+		}
+		if d.writing >= maxWriting*d.bulk {
+			return
+		}
+		fl.started = true
+		d.writing += len(fl.data)
+		d.loop.Offload(fl)
+	}
 }
 
 // tagAlong has a reply wait for what is in the air of a block.
 func (d *Disk) tagAlong(r *torus.Request, s uint32) {
 	x := &d.slots[s]
 	d.opens[x.open].flights++
-	d.flights = append(d.flights, &flight{d: d, r: r, f: d.files[x.file], slot: s, off: x.length, end: r.Off + uint32(len(r.Data)), landed: true})
+	d.flights = append(d.flights, &flight{d: d, r: r, f: d.files[x.file], slot: s, off: x.length, end: r.Off + uint32(len(r.Data)), started: true, landed: true})
 }
 
 // write is on a helper, but in Close.
@@ -86,20 +107,18 @@ func (fl *flight) Done() {
 func (fl *flight) land(err error) {
 	d, f := fl.d, fl.f
 	fl.landed = true
+	if fl.started {
+		d.writing -= len(fl.data)
+		d.launch()
+	}
 	if err != nil {
 		// Its block may have been read or continued meanwhile, so that there is no way back, even if it is only space that is missing.
 		d.fail(f, err)
 	}
-	g := &f.sync
-	if fl.covered {
-		g.covered--
-	} else {
-		g.aloft--
-	}
 	d.arrive(fl.slot)
 	d.unpin(fl.slot)
-	if fl.covered && g.covered == 0 {
-		f.issue()
+	if f.err == nil && len(f.sync.waiting) > 0 {
+		f.plan()
 	}
 }
 

@@ -23,12 +23,19 @@ type airport struct {
 	mem   *vfs.Mem
 	fail  error // of the next write
 	bulks int
+	syncs int // fdatasyncs
+	count *offloads
 }
 
-func newAirport(t *testing.T) *airport {
-	a := &airport{t: t, sim: loop.NewVirtual(1), mem: vfs.NewMem(1)}
+func newAirport(t *testing.T, seed uint64) *airport {
+	a := &airport{t: t, sim: loop.NewVirtual(seed), mem: vfs.NewMem(1)}
+	a.mem.SetSlowSyncs(0, 0)
 	a.l = a.sim.NewLoop("store")
+	a.count = &offloads{Loop: a.l}
 	fsys := vfs.NewErrors(a.mem, func(op vfs.Op) error {
+		if op.Kind == vfs.OpDatasync {
+			a.syncs++
+		}
 		if op.Kind == vfs.OpWrite && op.Len >= 2*torus.PageSize && op.Off > 0 {
 			a.bulks++
 			return a.fail
@@ -38,7 +45,7 @@ func newAirport(t *testing.T) *airport {
 	if err := storage.Create(fsys, identity); err != nil {
 		t.Fatal(err)
 	}
-	cfg := config(a.l, fsys)
+	cfg := config(a.count, fsys)
 	cfg.BulkBytes = 3 * torus.PageSize
 	var err error
 	if a.d, err = storage.Open(cfg); err != nil {
@@ -80,7 +87,7 @@ func appendOf(ref torus.BlockRef, off, pages int) *torus.Request {
 // While an append is in the air everybody but its sender finds the block as it will be: its tail, its bytes, and the same bytes sent again. What
 // is appended behind it is answered after it, and a sync waits for both.
 func TestFlight(t *testing.T) {
-	a := newAirport(t)
+	a := newAirport(t, 1)
 	ref := torus.BlockRef{Volume: 1, INode: 1, Index: 1}
 	small, large, last := appendOf(ref, 0, 0), appendOf(ref, 4096, 2), appendOf(ref, 4*4096, 0)
 	var order []string
@@ -149,7 +156,7 @@ func TestFlight(t *testing.T) {
 
 // A write that fails ends the store, as nobody can take back what was said of the block meanwhile; nothing is acknowledged that it should have held.
 func TestFlightFails(t *testing.T) {
-	a := newAirport(t)
+	a := newAirport(t, 1)
 	ref := torus.BlockRef{Volume: 1, INode: 1, Index: 1}
 	first := appendOf(ref, 0, 0)
 	var done *bool
@@ -189,7 +196,7 @@ func TestFlightFails(t *testing.T) {
 
 // Close writes what is in the air, and answers it.
 func TestFlightClose(t *testing.T) {
-	a := newAirport(t)
+	a := newAirport(t, 1)
 	ref := torus.BlockRef{Volume: 1, INode: 1, Index: 1}
 	large, last := appendOf(ref, 0, 2), appendOf(ref, 3*4096, 0)
 	sync := &torus.Request{Op: torus.OpSync, Ref: ref, Len: 4 * 4096}
@@ -218,4 +225,120 @@ func TestFlightClose(t *testing.T) {
 	if len(list.Tails) != 2 || list.Tails[0].Length != 4*4096 {
 		t.Errorf("after Close: %v, %v", list.Tails, list.Err)
 	}
+}
+
+// A sync waits for what it means, not for what is in the air behind that.
+func TestSyncBesideFlights(t *testing.T) {
+	before := 0
+	for seed := range uint64(30) {
+		a := newAirport(t, seed)
+		ref := torus.BlockRef{Volume: 1, INode: 1, Index: 1}
+		var done *bool
+		a.on(func() { done = a.submit(appendOf(ref, 0, 0)) })
+		a.wait(done)
+		large, all := appendOf(ref, 4096, 2), &torus.Request{Op: torus.OpSync, Ref: ref, Len: 4 * 4096}
+		var landed, synced, both *bool
+		a.on(func() {
+			landed = a.submit(large)
+			synced = a.submit(&torus.Request{Op: torus.OpSync, Ref: ref, Len: 4096})
+			both = a.submit(all)
+		})
+		a.wait(synced)
+		if !*landed {
+			before++
+			if *both {
+				t.Fatal("a sync did not wait for what was in the air of it")
+			}
+		}
+		a.wait(both)
+		if !*landed || all.Err != nil {
+			t.Fatalf("synced before it was there: %v", all.Err)
+		}
+	}
+	if before == 0 {
+		t.Error("syncs always waited for what was in the air behind what they meant")
+	}
+}
+
+// offloads counts the reads and writes that a store hands to helpers or the kernel.
+type offloads struct {
+	loop.Loop
+	n int
+}
+
+func (l *offloads) Offload(j loop.Job) {
+	if _, ok := j.(loop.FileIO); ok {
+		l.n++
+	}
+	l.Loop.Offload(j)
+}
+
+// The disk is given so much to write at a time, and no more.
+func TestFlightsTakeTurns(t *testing.T) {
+	a := newAirport(t, 1)
+	var dones []*bool
+	before := 0
+	a.on(func() {
+		before = a.count.n
+		for i := range 20 {
+			dones = append(dones, a.submit(appendOf(torus.BlockRef{Volume: 1, INode: 1, Index: torus.IndexID(i / 4)}, i%4*3*4096, 2)))
+		}
+		if n := a.count.n - before; n != 4 {
+			t.Errorf("%d of 20 appends were begun at once, 4 fill what the disk is given at a time", n)
+		}
+	})
+	for _, done := range dones {
+		a.wait(done)
+	}
+}
+
+// An append that is to be durable is so with its write, if all before it was: no fdatasync follows. Else one does.
+func TestDurableAppend(t *testing.T) {
+	a := newAirport(t, 1)
+	ref := torus.BlockRef{Volume: 1, INode: 1, Index: 1}
+	put := func(off int, durable, sync bool) (syncs int) {
+		r := appendOf(ref, off, 0)
+		r.Durable = durable
+		var done *bool
+		a.on(func() {
+			syncs = a.syncs
+			if done = a.submit(r); sync {
+				done = a.submit(&torus.Request{Op: torus.OpSync, Ref: ref, Len: uint32(off + 4096)})
+			}
+		})
+		a.wait(done)
+		return a.syncs - syncs
+	}
+	survives := func(pages int) {
+		t.Helper()
+		for seed := range uint64(20) {
+			sim := loop.NewVirtual(seed)
+			l := sim.NewLoop("after")
+			d, err := storage.Open(config(l, a.mem.CrashClone(rand.New(rand.NewPCG(seed, 1)))))
+			if err != nil {
+				t.Fatal(err)
+			}
+			list, done := &torus.Request{Op: torus.OpList, Ref: torus.BlockRef{Volume: 1}, Len: 1}, false
+			list.Done = func(*torus.Request) { done = true }
+			l.Post(func() { d.Submit(list) })
+			if !sim.Run(func() bool { return done }, time.Minute) || len(list.Tails) != 1 || int(list.Tails[0].Length) < pages*4096 {
+				t.Fatalf("after a power cut of %d pages that were durable: %v", pages, list.Tails)
+			}
+		}
+	}
+	put(0, false, true) // now the disk is known to be quick, and the entry of the block durable
+	if n := put(4096, true, false); n != 1 {
+		t.Errorf("a durable append took %d fdatasyncs, not the one within it", n)
+	}
+	survives(2)
+	if n := put(2*4096, true, true); n != 1 {
+		t.Errorf("a durable append and its sync took %d fdatasyncs, not the one within it", n)
+	}
+	survives(3)
+	put(3*4096, false, false)
+	if n := put(4*4096, true, false); n != 0 {
+		t.Error("an append claims to be durable behind one that is not")
+	}
+	put(5*4096, true, true)
+	survives(6)
 }

@@ -2,6 +2,7 @@ package storage
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/coreos/torus"
@@ -9,16 +10,14 @@ import (
 )
 
 // group is the group commit of one file: all that wait share one fdatasync. A request is answered by an fdatasync that began
-// after the bytes it means were written; while one runs, on a helper, appends go on and new requests gather for the next.
+// after the bytes it means were written; while one runs, on a helper, appends go on and new requests gather for the next, and so do those of which
+// something is still in the air.
 type group struct {
-	dirty   []uint32         // slots with bytes or an entry written since the last fdatasync began
+	dirty   []uint32         // slots with bytes or an entry that no fdatasync has begun for
 	flying  []uint32         // those covered by the one that runs
 	bytes   int              // written since the last one began
 	waiting []*torus.Request // for the next one
 	served  []*torus.Request // by the one that runs
-	aloft   int              // flights since the last one began
-	covered int              // flights that the one that runs waits for
-	little  bool             // was written since the one before
 	running bool
 	planned bool   // one begins at the end of this turn
 	start   func() // made once
@@ -83,8 +82,21 @@ func (f *file) begin() {
 	if d.closed || f.err != nil || g.running {
 		return
 	}
+	n := 0
+	for _, r := range g.waiting {
+		if d.landed(r) {
+			g.served = append(g.served, r)
+		} else {
+			g.waiting[n] = r
+			n++
+		}
+	}
+	clear(g.waiting[n:])
+	g.waiting = g.waiting[:n]
+	if len(g.served) == 0 {
+		return // land plans the next
+	}
 	g.running = true
-	g.waiting, g.served = g.served, g.waiting
 	g.dirty, g.flying = g.flying, g.dirty
 	for _, s := range g.flying {
 		x := &d.slots[s]
@@ -93,35 +105,37 @@ func (f *file) begin() {
 		}
 		if x.open >= 0 {
 			o := &d.opens[x.open]
-			o.flying, o.dirty = x.length, false
-		}
-	}
-	g.little = g.bytes <= inlineBytes
-	g.bytes = 0
-	d.metrics.flushes.Inc()
-	if g.covered, g.aloft = g.aloft, 0; g.covered > 0 {
-		for _, fl := range d.flights {
-			if fl.f == f && !fl.landed {
-				fl.covered = true
+			o.flying = min(x.length, d.aloft(s))
+			if o.dirty = o.flying < x.length; o.dirty && !slices.Contains(g.dirty, s) {
+				g.dirty = append(g.dirty, s)
 			}
 		}
-		return
 	}
-	f.issue()
-}
-
-// issue is begin, when all that the fdatasync covers has been written.
-func (f *file) issue() {
-	d := f.d
-	switch {
-	case f.err != nil:
-		f.sync.running = false
-	case d.closed: // Close sees to it
-	case f.sync.little && d.syncTime > 0 && d.syncTime <= inlineTime && !d.writer.in(f):
+	little := g.bytes <= inlineBytes
+	g.bytes = 0
+	d.metrics.flushes.Inc()
+	if little && d.quick() && !d.writer.in(f) {
 		f.finish(f.f.Datasync())
-	default:
+	} else {
 		d.loop.Offload(f)
 	}
+}
+
+// quick reports whether the disk is known to sync so fast that the loop can wait for it.
+func (d *Disk) quick() bool { return d.syncTime > 0 && d.syncTime <= inlineTime }
+
+// landed reports whether nothing is in the air any more of what r wants to be durable.
+func (d *Disk) landed(r *torus.Request) bool {
+	s, ok := d.index.find(keyOf(r.Ref))
+	switch {
+	case !ok:
+		return true
+	case r.Op == torus.OpSync:
+		return !d.flying(s, r.Len)
+	case r.Op == torus.OpSeal:
+		return !d.flying(s, d.slots[s].length)
+	}
+	return true
 }
 
 // Work implements loop.Job.

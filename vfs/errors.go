@@ -205,6 +205,18 @@ func (f *errorFile) WriteThrough(b []byte, off int64) (int, error) {
 	return f.File.WriteThrough(b, off)
 }
 
+// WriteDurable is a write and an fdatasync to who injects faults, and to who cuts the power between the two.
+func (f *errorFile) WriteDurable(b []byte, off int64) error {
+	if _, err := f.WriteThrough(b, off); err != nil {
+		return err
+	}
+	if err := f.fault(OpDatasync, 0, 0); err != nil {
+		f.failSync()
+		return err
+	}
+	return f.File.WriteDurable(b, off)
+}
+
 func (f *errorFile) Datasync() error {
 	if err := f.fault(OpDatasync, 0, 0); err != nil {
 		f.failSync()

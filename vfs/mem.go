@@ -435,16 +435,6 @@ func (i *image) read(b []byte, off int64) {
 // sync makes durable what is pending. Whole pages are written, as by a kernel: a page that was lost by a failed
 // Datasync becomes durable again when it is written to once more.
 func (n *memNode) sync() {
-	if n.durable.pages == nil {
-		n.durable.pages = map[int64]*page{}
-	}
-	put := func(no int64) {
-		if p := n.seen.pages[no]; p != nil {
-			n.durable.pages[no] = p
-		} else {
-			delete(n.durable.pages, no)
-		}
-	}
 	for _, op := range n.pending {
 		if op.resize {
 			for no := range n.durable.pages {
@@ -452,15 +442,58 @@ func (n *memNode) sync() {
 					delete(n.durable.pages, no)
 				}
 			}
-			put(op.n / memPageSize) // the page at the cut is replaced, not changed: a clone may share it
+			n.syncPages(op.n, op.n) // the page at the cut is replaced, not changed: a clone may share it
 			continue
 		}
-		for no := op.off / memPageSize; no <= (op.off+op.n-1)/memPageSize; no++ {
-			put(no)
-		}
+		n.syncPages(op.off, op.off+op.n-1)
 	}
 	n.durable.size = n.seen.size
 	n.pending = nil
+}
+
+// syncPages puts the pages of the bytes from first to last on the medium.
+func (n *memNode) syncPages(first, last int64) {
+	if n.durable.pages == nil {
+		n.durable.pages = map[int64]*page{}
+	}
+	for no := first / memPageSize; no <= last/memPageSize; no++ {
+		if p := n.seen.pages[no]; p != nil {
+			n.durable.pages[no] = p
+		} else {
+			delete(n.durable.pages, no)
+		}
+	}
+}
+
+// syncRange is sync for the pages of [off, end). What else is pending stays so, unless the size of the file is.
+func (n *memNode) syncRange(off, end int64) {
+	if slices.ContainsFunc(n.pending, func(op fileOp) bool { return op.resize }) {
+		n.sync()
+		return
+	}
+	n.syncPages(off, end-1)
+	n.durable.size = max(n.durable.size, end)
+	off -= off % memPageSize
+	end += -end & (memPageSize - 1)
+	var left []fileOp
+	for _, op := range n.pending {
+		if op.off < off {
+			left = append(left, op.part(op.off, min(op.off+op.n, off)))
+		}
+		if op.off+op.n > end {
+			left = append(left, op.part(max(op.off, end), op.off+op.n))
+		}
+	}
+	n.pending = left
+}
+
+// part is what a write writes to [off, end), which it covers.
+func (op fileOp) part(off, end int64) fileOp {
+	p := fileOp{off: off, n: end - off}
+	if op.data != nil {
+		p.data = op.data[off-op.off : end-op.off]
+	}
+	return p
 }
 
 func applyDirOp(tree map[string]*memNode, op dirOp) {
@@ -830,8 +863,18 @@ func allZero(b []byte) bool {
 // WriteThrough implements File.
 func (f *memFile) WriteThrough(b []byte, off int64) (int, error) { return f.WriteAt(b, off) }
 
-func (f *memFile) Datasync() error {
-	if err := f.enter("fdatasync"); err != nil {
+// WriteDurable implements File.
+func (f *memFile) WriteDurable(b []byte, off int64) error {
+	if _, err := f.WriteAt(b, off); err != nil || len(b) == 0 {
+		return err
+	}
+	return f.sync("write", func() { f.n.syncRange(off, off+int64(len(b))) })
+}
+
+func (f *memFile) Datasync() error { return f.sync("fdatasync", f.n.sync) }
+
+func (f *memFile) sync(op string, sync func()) error {
+	if err := f.enter(op); err != nil {
 		return err
 	}
 	defer f.m.mu.Unlock()
@@ -841,9 +884,9 @@ func (f *memFile) Datasync() error {
 	}
 	if f.failed != f.n.failed { // writing back failed under another open file: told once here, too
 		f.failed = f.n.failed
-		return pathError("fdatasync", f.name, syscall.EIO)
+		return pathError(op, f.name, syscall.EIO)
 	}
-	f.n.sync()
+	sync()
 	return nil
 }
 

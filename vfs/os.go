@@ -284,6 +284,36 @@ func (f *osFile) WriteThrough(b []byte, off int64) (int, error) {
 	return f.WriteAt(b, off)
 }
 
+// WriteDurable implements File: pwritev2(2) with RWF_DSYNC.
+func (f *osFile) WriteDurable(b []byte, off int64) error {
+	if f.direct() == nil || !isAligned(b, off) || len(b) == 0 {
+		if _, err := f.WriteAt(b, off); err != nil {
+			return err
+		}
+		return f.Datasync()
+	}
+	begin := time.Now()
+	vec := unix.Iovec{Base: &b[0], Len: uint64(len(b))}
+	n, _, errno := unix.Syscall6(unix.SYS_PWRITEV2, uintptr(f.directFD), uintptr(unsafe.Pointer(&vec)), 1,
+		uintptr(off), uintptr(uint64(off)>>32), unix.RWF_DSYNC)
+	runtime.KeepAlive(f)
+	f.syncTime.Store(int64(time.Since(begin)))
+	switch {
+	case errno != 0 && errno != unix.EINTR:
+		return f.wrap("write", errno)
+	case errno == 0 && int(n) == len(b):
+		return nil
+	}
+	// What is left goes the ordinary way.
+	if errno != 0 {
+		n = 0
+	}
+	if _, err := f.WriteAt(b[n:], off+int64(n)); err != nil {
+		return err
+	}
+	return f.Datasync()
+}
+
 func (f *osFile) Datasync() error {
 	begin := time.Now()
 	err := retry(func() error { return unix.Fdatasync(f.fd) })

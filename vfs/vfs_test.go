@@ -161,9 +161,17 @@ func TestCrashSectors(t *testing.T) {
 				}
 				continue
 			}
+			x := byte(rng.IntN(256))
+			if rng.IntN(8) == 0 { // whole pages, durable at once, and nothing else
+				from := rng.IntN(sectors/8) * 8
+				must(t, f.WriteDurable(fill(x, 4096), int64(from)*512))
+				for i := from; i < from+8; i++ {
+					possible[i], now[i] = map[byte]bool{x: true}, x
+				}
+				continue
+			}
 			from := rng.IntN(sectors)
 			n := rng.IntN(sectors-from) + 1
-			x := byte(rng.IntN(256))
 			write(t, f, int64(from)*512, fill(x, n*512))
 			for i := from; i < from+n; i++ {
 				possible[i][x], now[i] = true, x
@@ -592,5 +600,47 @@ func TestMemCrashEach(t *testing.T) {
 	}
 	if n := m.CrashEach(5, rng, func(*vfs.Mem) bool { return false }); n != 1 {
 		t.Fatalf("%d of 1", n)
+	}
+}
+
+// What WriteDurable has written is durable, what was written before it elsewhere is not yet, and a failure loses what a failed Datasync does.
+func TestWriteDurable(t *testing.T) {
+	m := vfs.NewMem(1)
+	failing := false
+	e := vfs.NewErrors(m, func(op vfs.Op) error {
+		if failing && op.Kind == vfs.OpDatasync {
+			return syscall.EIO
+		}
+		return nil
+	})
+	f := create(t, e, "x")
+	must(t, f.Allocate(0, 4*4096))
+	must(t, f.Datasync())
+	must(t, m.SyncDir("."))
+	write(t, f, 0, fill('a', 3*4096))
+	must(t, f.WriteDurable(fill('b', 4096), 4096))
+	if f.SyncTime() == 0 {
+		t.Error("it says nothing of its time")
+	}
+	rng := rand.New(rand.NewPCG(1, 1))
+	seen := map[byte]bool{}
+	for range 50 {
+		b := contents(t, m.CrashClone(rng), "x")
+		if !bytes.Equal(b[4096:8192], fill('b', 4096)) {
+			t.Fatal("what was written durably is gone")
+		}
+		seen[b[0]], seen[b[8192]] = true, true
+	}
+	if !seen[0] || !seen['a'] {
+		t.Errorf("what was written besides was always, or never, durable: %v", seen)
+	}
+	failing = true
+	if err := f.WriteDurable(fill('c', 4096), 3*4096); !errors.Is(err, syscall.EIO) {
+		t.Fatal(err)
+	}
+	failing = false
+	must(t, f.Datasync())
+	if b := contents(t, m.CrashClone(rng), "x"); b[3*4096] == 'c' || b[0] == 'a' {
+		t.Error("what a failure lost became durable")
 	}
 }

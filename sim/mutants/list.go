@@ -355,6 +355,23 @@ var mutants = []Mutant{
 		Package: "./storage", Test: "^Test(Crash|SealThat)",
 	},
 	{
+		Name: "durable-over-gap", Rule: "an append is called durable although what lies before it in its block is not", File: "storage/append.go",
+		Edits:   []Edit{{" && o.durable == x.length && o.flights == 0", " && o.flights == 0"}},
+		Package: "./storage", Test: "^TestCrash",
+	},
+	{
+		Name: "durable-without-entry", Rule: "an append is called durable although the entry of its block is not", File: "storage/append.go",
+		Edits:   []Edit{{" && o.flights == 0 && x.entry == entryClean", " && o.flights == 0"}},
+		Package: "./storage", Test: "^TestCrash",
+		Harmless: "the entry of a block is written with its first append, and becomes durable with the fdatasync that makes those bytes durable, at the latest; a block of which all bytes are durable " +
+			"has an entry that is, too. The condition says what is relied upon.",
+	},
+	{
+		Name: "sync-in-the-air", Rule: "a sync is answered by an fdatasync that began while some of it was in the air", File: "storage/sync.go",
+		Edits:   []Edit{{"			o.flying = min(x.length, d.aloft(s))\n", "			o.flying = x.length\n"}, {"		return !d.flying(s, r.Len)\n", "		return true\n"}},
+		Package: "./storage", Test: "^TestCrash",
+	},
+	{
 		Name: "delete-reuses-early", Rule: "a slot is used again before its block's deletion is durable", File: "storage/seal.go",
 		Edits:   []Edit{{"		d.refuse(r, f.err)\n		return\n	}\n	f.await(r)", "		d.refuse(r, f.err)\n		return\n	}\n	d.giveBack(s)\n	f.await(r)"}},
 		Package: "./storage", Test: "^TestCrash",

@@ -237,6 +237,9 @@ func (c *Client) send(id uint32, r *torus.Request) {
 		if r.Reserve {
 			f.flags = flagReserve
 		}
+		if r.Durable {
+			f.flags |= flagDurable
+		}
 		if !c.link.lend(&f, r) {
 			f.payload = f.len
 		}

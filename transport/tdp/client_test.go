@@ -188,11 +188,11 @@ func TestEveryOp(t *testing.T) {
 		if err := x.do(r); err != nil || r.Length != 8192 {
 			t.Fatal(err, r.Length)
 		}
-		r = &torus.Request{Op: torus.OpAppend, Ref: ref, Epoch: 3, Off: 8192, Data: want[8192:], Reserve: true}
+		r = &torus.Request{Op: torus.OpAppend, Ref: ref, Epoch: 3, Off: 8192, Data: want[8192:], Reserve: true, Durable: true}
 		if err := x.do(r); err != nil || int(r.Length) != len(want) {
 			t.Fatal(err, r.Length)
 		}
-		if got := x.store.seen[len(x.store.seen)-1]; got.Ref != ref || got.Epoch != 3 || got.Off != 8192 || !got.Reserve || got.Peer != (torus.PeerID{1}) {
+		if got := x.store.seen[len(x.store.seen)-1]; got.Ref != ref || got.Epoch != 3 || got.Off != 8192 || !got.Reserve || !got.Durable || got.Peer != (torus.PeerID{1}) {
 			t.Fatalf("the store saw %+v", got)
 		}
 		r = &torus.Request{Op: torus.OpAppend, Ref: ref, Epoch: 3, Off: 1 << 30, Data: pages(1, 1)}

@@ -224,7 +224,7 @@ func (c *conn) Data(_ transport.Stream, b []byte) (consumed, need int) {
 			Done: q.done, Peer: c.peer.ID,
 		}
 		if q.req.Op == torus.OpAppend {
-			q.req.Reserve = f.flags&flagReserve != 0
+			q.req.Reserve, q.req.Durable = f.flags&flagReserve != 0, f.flags&flagDurable != 0
 			// The store wants whole pages in memory it may hand to the disk as they are, and may keep them
 			// for longer than this call: what is lent is such, for the rest a buffer of our own, aligned.
 			if f.flags&flagLent != 0 {

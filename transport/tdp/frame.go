@@ -56,8 +56,11 @@ const (
 	// flagFile, of a Where: the file is wanted, too, and comes with the reply.
 	flagFile = 4
 
+	// flagDurable, of an Append, is torus.Request.Durable.
+	flagDurable = 8
+
 	// lendAtLeast is how much is lent rather than sent, in bytes.
-	lendAtLeast = 16 << 10
+	lendAtLeast = 8 << 10
 	// lendReadsAtLeast is the same of replies to reads, of which each has a buffer of its own, and the smallest that can be lent are of this size.
 	lendReadsAtLeast = 64 << 10
 	// borrowPiece is how much is copied at a time.
@@ -153,7 +156,7 @@ func (f *frame) parse(b []byte) error {
 func flagsOf(op uint8) uint16 {
 	switch op {
 	case uint8(torus.OpAppend):
-		return flagReserve | flagLent
+		return flagReserve | flagLent | flagDurable
 	case uint8(torus.OpRead), uint8(torus.OpRead) | opReply:
 		return flagLent
 	case opWhere:

@@ -80,6 +80,7 @@ func TestGolden(t *testing.T) {
 		"ping.reply":     encodeFrame(frame{op: uint8(torus.OpPing) | opReply}),
 		"append.request": append(encodeFrame(req(torus.OpAppend, frame{epoch: 9, off: 4096, len: 4096, payload: 4096})), page...),
 		"append.reserve": append(encodeFrame(req(torus.OpAppend, frame{flags: flagReserve, epoch: 9, off: 4096, len: 4096, payload: 4096})), page...),
+		"append.durable": append(encodeFrame(req(torus.OpAppend, frame{flags: flagDurable, epoch: 9, off: 4096, len: 4096, payload: 4096})), page...),
 		"append.reply":   encodeFrame(rep(torus.OpAppend, frame{len: 8192})),
 		"append.fenced":  withPayload(rep(torus.OpAppend, frame{code: torus.ErrorCode(torus.ErrFenced), fence: 10}), []byte("fenced")),
 		"where.request":  encodeFrame(req(opWhere, frame{flags: flagFile})),

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/coreos/torus/buf"
 	"github.com/coreos/torus/vfs"
 )
 
@@ -231,6 +232,17 @@ func randomWrites(t *testing.T, f vfs.FS) {
 			}
 		case 2:
 			must(t, file.DropCache(0, 20_000))
+		case 3: // whole pages
+			b := buf.Get(3 * 4096).Bytes()[:4096*(1+rng.IntN(3))]
+			for i := range b {
+				b[i] = byte(rng.Uint32())
+			}
+			off := 4096 * rng.IntN(4)
+			must(t, file.WriteDurable(b, int64(off)))
+			if more := off + len(b) - len(want); more > 0 {
+				want = append(want, make([]byte, more)...)
+			}
+			copy(want[off:], b)
 		default:
 			b := make([]byte, rng.IntN(9000)+1)
 			if rng.IntN(4) > 0 {
