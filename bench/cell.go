@@ -18,10 +18,12 @@ type cell struct {
 	fsync     bool // a flush after each write
 	bandwidth bool // reported in MB/s, not operations a second
 	fresh     bool // Torus' volume is trimmed and written anew before it
+	bulk      bool // it has the second half of the volume, and bulk writes go over the first meanwhile, of which only the rate is reported
 }
 
 // cells are in the order they run in: what writes least to and fro comes first, and before the first that does so in small pieces the volume is written
 // anew, so that most meet one that has been written once, from the first byte to the last. Those called worn meet what the random writes before them have left.
+// The one beside bulk writes comes after them, as it writes half of the volume in order, which undoes wear; and it is not to meet what they leave.
 func cells() []cell {
 	return []cell{
 		{Name: "read-1m-8", Title: "1 MiB sequential read, depth 8, cold", rw: "read", blockSize: 1 << 20, depth: 8, bandwidth: true},
@@ -36,6 +38,7 @@ func cells() []cell {
 		{Name: "worn-read-1m-8", Title: "1 MiB sequential read, depth 8, cold, worn", rw: "read", blockSize: 1 << 20, depth: 8, bandwidth: true},
 		{Name: "worn-mixed-64k-64", Title: "64 KiB random 75 % read 25 % write, depth 64, worn", rw: "randrw", blockSize: 64 << 10, depth: 64},
 		{Name: "worn-write-1m-8", Title: "1 MiB sequential write, depth 8, worn", rw: "write", blockSize: 1 << 20, depth: 8, bandwidth: true},
+		{Name: "flush-beside-bulk", Title: "4 KiB random write + flush each, beside 1 MiB writes at depth 8", rw: "randwrite", blockSize: 4 << 10, depth: 1, fsync: true, fresh: true, bulk: true},
 	}
 }
 

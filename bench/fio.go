@@ -16,11 +16,16 @@ const (
 	// fioGrace is what a measurement may take beyond its length: connecting, and draining what is under way.
 	fioGrace  = 60 * time.Second
 	fillLimit = 15 * time.Minute
+	// bulkJob is fio's job that is not measured, beside the one that is.
+	bulkJob = "bulk"
 )
 
 // fioArgs is the command line that measures the cell on what target names. The same seed gives the same offsets to
 // every contestant.
 func (c cell) fioArgs(target []string, size byteSize, seconds, seed int) []string {
+	if c.bulk {
+		size /= 2
+	}
 	args := append([]string{
 		"--name=" + c.Name, "--rw=" + c.rw, "--bs=" + strconv.Itoa(c.blockSize), "--iodepth=" + strconv.Itoa(c.depth),
 		"--size=" + strconv.FormatUint(uint64(size), 10), "--runtime=" + strconv.Itoa(seconds),
@@ -34,6 +39,12 @@ func (c cell) fioArgs(target []string, size byteSize, seconds, seed int) []strin
 	}
 	if c.rw == "randrw" {
 		args = append(args, "--rwmixread=75")
+	}
+	if c.bulk {
+		bulk := cell{Name: bulkJob, rw: "write", blockSize: 1 << 20, depth: 8}
+		args = append(args, "--offset="+strconv.FormatUint(uint64(size), 10))
+		args = append(args, bulk.fioArgs(target, size, seconds, seed)...)
+		args = append(args, "--new_group") // else fio reports both as one
 	}
 	return args
 }
@@ -70,6 +81,7 @@ type fioResult struct {
 	seconds float64
 	latency histogram // of reads and writes, from submission to completion
 	flush   histogram
+	bulk    float64 // bytes a second of the bulk writes beside it, which are in nothing else here; 0 without
 }
 
 type fioLatency struct {
@@ -83,25 +95,45 @@ type fioDirection struct {
 	Latency fioLatency `json:"lat_ns"`
 }
 
-// parseFio reads fio's json+ output of one job.
+type fioJob struct {
+	Name  string       `json:"jobname"`
+	Error int          `json:"error"`
+	Read  fioDirection `json:"read"`
+	Write fioDirection `json:"write"`
+	Sync  fioDirection `json:"sync"`
+}
+
+// parseFio reads fio's json+ output of one job, or of one and the bulk writes beside it.
 func parseFio(b []byte) (fioResult, error) {
 	var out struct {
-		Jobs []struct {
-			Error int          `json:"error"`
-			Read  fioDirection `json:"read"`
-			Write fioDirection `json:"write"`
-			Sync  fioDirection `json:"sync"`
-		} `json:"jobs"`
+		Jobs []fioJob `json:"jobs"`
 	}
 	// Engines put messages before it.
 	b = b[max(0, bytes.IndexByte(b, '{')):]
 	if err := json.NewDecoder(bytes.NewReader(b)).Decode(&out); err != nil {
 		return fioResult{}, fmt.Errorf("output of fio: %w", err)
 	}
-	if len(out.Jobs) != 1 {
-		return fioResult{}, fmt.Errorf("output of fio: %d jobs, not one", len(out.Jobs))
+	var measured []fioResult
+	bulk := 0.0
+	for _, j := range out.Jobs {
+		r, err := j.result()
+		if err != nil {
+			return fioResult{}, err
+		}
+		if j.Name == bulkJob {
+			bulk = float64(r.bytes) / r.seconds
+		} else {
+			measured = append(measured, r)
+		}
 	}
-	j := out.Jobs[0]
+	if len(measured) != 1 {
+		return fioResult{}, fmt.Errorf("output of fio: %d jobs, not one", len(measured))
+	}
+	measured[0].bulk = bulk
+	return measured[0], nil
+}
+
+func (j fioJob) result() (fioResult, error) {
 	if j.Error != 0 {
 		return fioResult{}, fmt.Errorf("fio: I/O error %d", j.Error)
 	}

@@ -166,7 +166,7 @@ func TestRun(t *testing.T) {
 	}
 	o, err := parseFlags([]string{
 		"--bin", bin, "--dir", dir, "--size", "64MiB", "--peer-size", "512MiB", "--rounds", "1", "--seconds", "1",
-		"--cells", "write-4k-fsync,write-1m-8", "--old", bin, "--cpuprofile", "write-1m-8", "--json", filepath.Join(dir, "out", "bench.json"),
+		"--cells", "flush-beside-bulk,write-1m-8", "--old", bin, "--cpuprofile", "write-1m-8", "--json", filepath.Join(dir, "out", "bench.json"),
 	}, io.Discard)
 	if err != nil {
 		t.Fatal(err)
@@ -204,6 +204,9 @@ func TestRun(t *testing.T) {
 			}
 			if (f.Median.FlushUs.P50 > 0) != c.fsync {
 				t.Errorf("%s, %s: flushes took %v", c.Name, name, f.Median.FlushUs)
+			}
+			if (f.Median.BulkMBPerSecond > 0) != c.bulk {
+				t.Errorf("%s, %s: bulk writes at %v MB/s", c.Name, name, f.Median.BulkMBPerSecond)
 			}
 			if servers := map[string]int{"raw": 0, "qemu": 1, "torus": 4, "old": 4}[name]; len(f.Median.ProcessCPUPer10k) != servers {
 				t.Errorf("%s, %s: CPU of %v", c.Name, name, f.Median.ProcessCPUPer10k)

@@ -158,6 +158,17 @@ func (r *report) rates(b *strings.Builder) {
 			}
 		}
 		row(b, false, line...)
+		if c.bulk {
+			line := []string{c.Title + ": the 1 MiB writes"}
+			for _, name := range r.Contestants {
+				if f, ok := c.Contestants[name]; ok {
+					line = append(line, thousands(f.Median.BulkMBPerSecond)+" MB/s")
+				} else {
+					line = append(line, none)
+				}
+			}
+			row(b, false, append(line, slices.Repeat([]string{none}, len(pairs))...)...)
+		}
 	}
 }
 
@@ -206,7 +217,7 @@ func (r *report) cpu(b *strings.Builder) {
 		for _, s := range r.servers() {
 			f, ok := c.Contestants[s.contestant]
 			number := func(x float64) {
-				if ok {
+				if ok && !c.bulk { // what bulk writes cost is no cost of the operations that are counted
 					line = append(line, significant(x))
 				} else {
 					line = append(line, none)

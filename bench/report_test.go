@@ -107,6 +107,26 @@ func TestMarkdownOld(t *testing.T) {
 	}
 }
 
+// Bulk writes have a line of their own, and what they cost is not divided by the operations beside them.
+func TestMarkdownBulk(t *testing.T) {
+	c := cellNamed("flush-beside-bulk")
+	b := made("raw", "qemu", "torus")
+	b.cells = append(b.cells, c)
+	b.samples[c.Name] = map[string][]sample{
+		"raw":   {{IOPS: 1000, BulkMBPerSecond: 2000}},
+		"torus": {{IOPS: 250, BulkMBPerSecond: 750, CPUPer10k: 5, ProcessCPUPer10k: map[string]float64{"torusblk": 5}, SwitchesPerOp: 5}},
+	}
+	got := b.report().markdown()
+	for _, line := range []string{
+		"\n| " + c.Title + " | 1,000 | – | 250 | – | 0.25 | – |\n| " + c.Title + ": the 1 MiB writes | 2,000 MB/s | – | 750 MB/s | – | – | – |\n",
+		"\n| " + c.Title + " | – | – | – | – | – | – |\n\n### Memory",
+	} {
+		if !strings.Contains(got, line) {
+			t.Errorf("no line %s in\n%s", line, got)
+		}
+	}
+}
+
 func TestSave(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "new", "bench.json")
 	if err := made("raw", "qemu", "torus").report().save(path); err != nil {

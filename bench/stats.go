@@ -61,7 +61,10 @@ type sample struct {
 	LatencyUs   percentiles `json:"latency_us"`
 	// FlushUs is the latency of the flushes by themselves; zero where there are none.
 	FlushUs percentiles `json:"flush_latency_us"`
-	// CPU seconds, user and system, of the servers for 10,000 operations; of all together, and by process.
+	// BulkMBPerSecond is the rate of the bulk writes beside it, in 10⁶ bytes; zero where there are none.
+	BulkMBPerSecond float64 `json:"bulk_mb_per_second"`
+	// CPU seconds, user and system, of the servers for 10,000 operations; of all together, and by process. What bulk writes cost is in them,
+	// and in the switches, but their operations are not counted.
 	CPUPer10k          float64            `json:"cpu_seconds_per_10k"`
 	ProcessCPUPer10k   map[string]float64 `json:"process_cpu_seconds_per_10k"`
 	SwitchesPerOp      float64            `json:"context_switches_per_op"`
@@ -72,7 +75,7 @@ type sample struct {
 func newSample(r fioResult, before, after usage) sample {
 	s := sample{
 		Ops: float64(r.ops), IOPS: float64(r.ops) / r.seconds, MBPerSecond: float64(r.bytes) / r.seconds / 1e6,
-		LatencyUs: r.latency.percentiles(), FlushUs: r.flush.percentiles(),
+		LatencyUs: r.latency.percentiles(), FlushUs: r.flush.percentiles(), BulkMBPerSecond: r.bulk / 1e6,
 		ProcessCPUPer10k: map[string]float64{}, ProcessSwitchPerOp: map[string]float64{},
 	}
 	for name, a := range after {
@@ -125,6 +128,7 @@ func medianSample(l []sample) sample {
 		MBPerSecond:        of(func(s sample) float64 { return s.MBPerSecond }),
 		LatencyUs:          latency(func(s sample) percentiles { return s.LatencyUs }),
 		FlushUs:            latency(func(s sample) percentiles { return s.FlushUs }),
+		BulkMBPerSecond:    of(func(s sample) float64 { return s.BulkMBPerSecond }),
 		CPUPer10k:          of(func(s sample) float64 { return s.CPUPer10k }),
 		ProcessCPUPer10k:   byProcess(func(s sample) map[string]float64 { return s.ProcessCPUPer10k }),
 		SwitchesPerOp:      of(func(s sample) float64 { return s.SwitchesPerOp }),

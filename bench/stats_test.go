@@ -53,7 +53,7 @@ func TestMedian(t *testing.T) {
 }
 
 func TestNewSample(t *testing.T) {
-	r := fioResult{ops: 20_000, bytes: 80 << 20, seconds: 2}
+	r := fioResult{ops: 20_000, bytes: 80 << 20, seconds: 2, bulk: 7_500_000}
 	if err := r.latency.add(map[string]uint64{"50000": 1}); err != nil {
 		t.Fatal(err)
 	}
@@ -71,6 +71,7 @@ func TestNewSample(t *testing.T) {
 	near(t, "MB/s", s.MBPerSecond, 80*1.048576/2)
 	near(t, "p50", s.LatencyUs.P50, 50)
 	near(t, "flush", s.FlushUs.P50, 0)
+	near(t, "bulk", s.BulkMBPerSecond, 7.5)
 	near(t, "CPU", s.CPUPer10k, 1.75)
 	near(t, "CPU of a", s.ProcessCPUPer10k["a"], 1.5)
 	near(t, "CPU of b", s.ProcessCPUPer10k["b"], 0.25)
@@ -81,14 +82,14 @@ func TestNewSample(t *testing.T) {
 func TestMedianSample(t *testing.T) {
 	one := func(x float64) sample {
 		return sample{
-			Ops: x, IOPS: 2 * x, MBPerSecond: 3 * x, LatencyUs: percentiles{x, -x, 5}, FlushUs: percentiles{P999: x}, CPUPer10k: -x,
+			Ops: x, IOPS: 2 * x, MBPerSecond: 3 * x, LatencyUs: percentiles{x, -x, 5}, FlushUs: percentiles{P999: x}, BulkMBPerSecond: 6 * x, CPUPer10k: -x,
 			ProcessCPUPer10k: map[string]float64{"a": x}, SwitchesPerOp: 4 * x, ProcessSwitchPerOp: map[string]float64{"a": 5 * x},
 		}
 	}
 	m := medianSample([]sample{one(3), one(1), one(2)})
 	for what, pair := range map[string][2]float64{
 		"ops": {m.Ops, 2}, "IOPS": {m.IOPS, 4}, "MB/s": {m.MBPerSecond, 6}, "p50": {m.LatencyUs.P50, 2}, "p99": {m.LatencyUs.P99, -2},
-		"p99.9": {m.LatencyUs.P999, 5}, "flush": {m.FlushUs.P999, 2}, "CPU": {m.CPUPer10k, -2}, "CPU of a": {m.ProcessCPUPer10k["a"], 2},
+		"p99.9": {m.LatencyUs.P999, 5}, "flush": {m.FlushUs.P999, 2}, "bulk": {m.BulkMBPerSecond, 12}, "CPU": {m.CPUPer10k, -2}, "CPU of a": {m.ProcessCPUPer10k["a"], 2},
 		"switches": {m.SwitchesPerOp, 8}, "switches of a": {m.ProcessSwitchPerOp["a"], 10},
 	} {
 		near(t, what, pair[0], pair[1])
