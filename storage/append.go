@@ -143,11 +143,14 @@ func (d *Disk) append(r *torus.Request) bool {
 		d.newOpen(s)
 		d.index.insert(s)
 	}
-	if flies {
-		d.takeOff(r, s, data)
-	}
 	x := &d.slots[s]
 	o := &d.opens[x.open]
+	switch {
+	case flies:
+		d.takeOff(r, s, data)
+	case !durable:
+		o.cached += uint32(len(data))
+	}
 	x.length += uint32(len(data))
 	o.flushed = max(o.flushed, flushed)
 	if durable {

@@ -111,6 +111,8 @@ const (
 // openBlock is what is known of a block besides, until it is sealed durably.
 type openBlock struct {
 	durable uint32 // bytes
+	cached  uint32 // bytes that went to the page cache, and have not been dropped from there
+	dropped uint32 // where what has been dropped ends
 	flying  uint32 // bytes covered by the fdatasync that runs
 	flushed uint64 // highest Flushed of its records
 	flights int    // appends that are in the air
@@ -135,6 +137,7 @@ type file struct {
 	raw   []uint32 // free slots that were never used
 
 	sync group
+	drop dropper
 }
 
 // place is where a slot begins in its file.

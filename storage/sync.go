@@ -180,6 +180,7 @@ func (f *file) finish(err error) {
 			o := &d.opens[x.open]
 			o.durable = max(o.durable, min(o.flying, x.length))
 			o.flying = 0
+			f.drop.durable(s)
 			if x.state == sealed && x.entry == entryClean {
 				d.dropOpen(s)
 			}
