@@ -112,11 +112,11 @@ func (d *Disk) append(r *torus.Request) bool {
 		d.refuse(r, fmt.Errorf("append to %v, of which %d slow reads are under way: %w", r.Ref, maxPins, torus.ErrAgain))
 		return true
 	}
-	durable := r.Durable && found && d.atOnce(s, len(data))
+	durable := r.Durable && found && d.atOnce(f, s, len(data))
 	flies := !durable && (len(data) >= d.bulk || found && d.flying(s, length))
 	switch {
 	case durable:
-		err = f.f.WriteDurable(data, place+int64(length))
+		err = d.writeDurable(f, data, place+int64(length))
 	case !flies:
 		_, err = f.f.WriteAt(data, place+int64(length))
 	}
@@ -130,7 +130,7 @@ func (d *Disk) append(r *torus.Request) bool {
 		}
 		// What was written is beyond the block's length and so as if it were not there. But unless it is only space that is
 		// missing, nothing can be said any more of what was written before.
-		if errors.Is(err, vfs.ErrNoSpace) {
+		if errors.Is(err, vfs.ErrNoSpace) && !durable {
 			err = fmt.Errorf("append to %v: %w (%w)", r.Ref, torus.ErrOutOfSpace, err)
 		} else {
 			d.fail(f, err)
@@ -155,8 +155,6 @@ func (d *Disk) append(r *torus.Request) bool {
 	o.flushed = max(o.flushed, flushed)
 	if durable {
 		o.durable = x.length
-		d.observeSync(f.f)
-		d.metrics.flushes.Inc()
 	} else if !o.dirty {
 		o.dirty = true
 		f.sync.dirty = append(f.sync.dirty, s)
@@ -175,11 +173,23 @@ func (d *Disk) append(r *torus.Request) bool {
 }
 
 // atOnce reports whether n bytes are to be appended to a block so that they are durable with the write itself, which saves an fdatasync and a copy: if all that there is of the
-// block is durable, and an fdatasync would be made on the loop as well (begin).
-func (d *Disk) atOnce(s uint32, n int) bool {
+// block is durable, and an fdatasync would be made on the loop as well (begin). One in a turn: who else wants that then shares an fdatasync.
+func (d *Disk) atOnce(f *file, s uint32, n int) bool {
 	x := &d.slots[s]
 	o := &d.opens[x.open]
-	return n < d.bulk && d.quick() && o.durable == x.length && o.flights == 0 && x.entry == entryClean
+	g := &f.sync
+	return n < d.bulk && d.quick() && !d.writer.in(f) && !g.running && len(g.waiting) == 0 && d.loop.Now() != d.lastDurable &&
+		o.durable == x.length && o.flights == 0 && x.entry == entryClean
+}
+
+func (d *Disk) writeDurable(f *file, b []byte, place int64) error {
+	d.lastDurable = d.loop.Now()
+	d.metrics.flushes.Inc()
+	took, err := f.f.WriteDurable(b, place)
+	if err == nil && took > d.syncTime { // less says nothing of what an fdatasync takes
+		d.observeSync(took)
+	}
+	return err
 }
 
 func errDiffers(r *torus.Request) error {

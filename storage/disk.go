@@ -70,9 +70,11 @@ type Disk struct {
 	gone bool
 
 	syncTime time.Duration // how long an fdatasync takes, a moving average; 0: not known
-	hdr      record.Header // reused
-	page     []byte        // reused
-	readJobs []*readJob    // to be reused
+	// lastDurable is when an append was made durable with its write.
+	lastDurable time.Duration
+	hdr         record.Header // reused
+	page        []byte        // reused
+	readJobs    []*readJob    // to be reused
 
 	grow      grower
 	writer    prewriter

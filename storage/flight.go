@@ -109,7 +109,6 @@ func (fl *flight) land(err error) {
 	fl.landed = true
 	if fl.started {
 		d.writing -= len(fl.data)
-		d.launch()
 	}
 	if err != nil {
 		// Its block may have been read or continued meanwhile, so that there is no way back, even if it is only space that is missing.
@@ -117,6 +116,7 @@ func (fl *flight) land(err error) {
 	}
 	d.arrive(fl.slot)
 	d.unpin(fl.slot)
+	d.launch()
 	if f.err == nil && len(f.sync.waiting) > 0 {
 		f.plan()
 	}

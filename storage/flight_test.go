@@ -3,6 +3,7 @@ package storage_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"testing"
 	"time"
@@ -25,16 +26,27 @@ type airport struct {
 	bulks int
 	syncs int // fdatasyncs
 	count *offloads
+
+	failSync error // of the next fdatasync
+	helping  bool
+	onLoop   int // fdatasyncs on the loop
 }
 
-func newAirport(t *testing.T, seed uint64) *airport {
+func newAirport(t *testing.T, seed uint64) *airport { return newAirportOf(t, seed, identity, 0) }
+
+func newAirportOf(t *testing.T, seed uint64, id storage.Identity, size uint64) *airport {
 	a := &airport{t: t, sim: loop.NewVirtual(seed), mem: vfs.NewMem(1)}
 	a.mem.SetSlowSyncs(0, 0)
 	a.l = a.sim.NewLoop("store")
 	a.count = &offloads{Loop: a.l}
+	a.sim.SetTrace(func(e loop.Event) { a.helping = e.Kind == loop.KindWork })
 	fsys := vfs.NewErrors(a.mem, func(op vfs.Op) error {
 		if op.Kind == vfs.OpDatasync {
 			a.syncs++
+			if !a.helping {
+				a.onLoop++
+			}
+			return a.failSync
 		}
 		if op.Kind == vfs.OpWrite && op.Len >= 2*torus.PageSize && op.Off > 0 {
 			a.bulks++
@@ -42,11 +54,12 @@ func newAirport(t *testing.T, seed uint64) *airport {
 		}
 		return nil
 	})
-	if err := storage.Create(fsys, identity); err != nil {
+	if err := storage.Create(fsys, id); err != nil {
 		t.Fatal(err)
 	}
 	cfg := config(a.count, fsys)
 	cfg.BulkBytes = 3 * torus.PageSize
+	cfg.Identity, cfg.SizeBytes = id, max(size, cfg.SizeBytes)
 	var err error
 	if a.d, err = storage.Open(cfg); err != nil {
 		t.Fatal(err)
@@ -326,7 +339,8 @@ func TestDurableAppend(t *testing.T) {
 			}
 		}
 	}
-	put(0, false, true) // now the disk is known to be quick, and the entry of the block durable
+	a.sim.RunFor(5 * time.Second) // slots are written through by now
+	put(0, false, true)           // now the disk is known to be quick, and the entry of the block durable
 	if n := put(4096, true, false); n != 1 {
 		t.Errorf("a durable append took %d fdatasyncs, not the one within it", n)
 	}
@@ -341,4 +355,119 @@ func TestDurableAppend(t *testing.T) {
 	}
 	put(5*4096, true, true)
 	survives(6)
+}
+
+// Many that are to be durable in one turn share an fdatasync, but for the first.
+func TestDurableAppendsShare(t *testing.T) {
+	a := newAirport(t, 1)
+	a.sim.RunFor(5 * time.Second)
+	each := func(off int, durable bool) (syncs int) {
+		var dones []*bool
+		a.on(func() {
+			syncs = a.syncs
+			for i := range 4 {
+				r := appendOf(torus.BlockRef{Volume: 1, INode: 1, Index: torus.IndexID(i)}, off, 0)
+				r.Durable = durable
+				a.submit(r)
+				dones = append(dones, a.submit(&torus.Request{Op: torus.OpSync, Ref: r.Ref, Len: uint32(off + 4096)}))
+			}
+		})
+		for _, done := range dones {
+			a.wait(done)
+		}
+		return a.syncs - syncs
+	}
+	each(0, false)
+	a.sim.RunFor(time.Second)
+	if n := each(4096, true); n != 2 {
+		t.Errorf("4 blocks took %d fdatasyncs", n)
+	}
+}
+
+// Whatever goes wrong while an append is made durable, what else was written to the file may be lost with it, and nobody is told twice: the disk has failed.
+func TestDurableAppendFails(t *testing.T) {
+	a := newAirport(t, 1)
+	a.sim.RunFor(5 * time.Second)
+	one, other := torus.BlockRef{Volume: 1, INode: 1, Index: 1}, torus.BlockRef{Volume: 1, INode: 1, Index: 2}
+	do := func(r *torus.Request) error {
+		var done *bool
+		a.on(func() { done = a.submit(r) })
+		a.wait(done)
+		return r.Err
+	}
+	for _, ref := range []torus.BlockRef{one, other} {
+		if err := errors.Join(do(appendOf(ref, 0, 0)), do(&torus.Request{Op: torus.OpSync, Ref: ref, Len: 4096}), do(appendOf(ref, 4096, 0))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	do(&torus.Request{Op: torus.OpSync, Ref: one, Len: 8192})
+	do(appendOf(other, 8192, 0))
+	a.failSync = fmt.Errorf("quota: %w", vfs.ErrNoSpace)
+	r := appendOf(one, 8192, 0)
+	r.Durable = true
+	if err := do(r); !errors.Is(err, torus.ErrIO) {
+		t.Errorf("append: %v", err)
+	}
+	a.failSync = nil
+	if err := do(&torus.Request{Op: torus.OpSync, Ref: other, Len: 3 * 4096}); !errors.Is(err, torus.ErrIO) {
+		t.Errorf("sync of what may be lost: %v", err)
+	}
+}
+
+// A sync of a block that was deleted meanwhile and made again in another file does not wait for what is in the air there.
+func TestSyncOfABlockMadeAgain(t *testing.T) {
+	for seed := range uint64(40) {
+		a := newAirport(t, seed)
+		for i := range 4 { // then the first file is full
+			var done *bool
+			a.on(func() { done = a.submit(appendOf(torus.BlockRef{Volume: 2, INode: 1, Index: torus.IndexID(i)}, 0, 0)) })
+			a.wait(done)
+		}
+		a.sim.RunFor(5 * time.Second)
+		ref := torus.BlockRef{Volume: 2, INode: 1, Index: 1}
+		var synced, again *bool
+		a.on(func() {
+			a.submit(appendOf(ref, 4096, 2))
+			synced = a.submit(&torus.Request{Op: torus.OpSync, Ref: ref, Len: 4 * 4096})
+			a.submit(&torus.Request{Op: torus.OpDelete, Ref: ref})
+			a.submit(appendOf(ref, 0, 2))
+			again = a.submit(appendOf(ref, 3*4096, 2))
+		})
+		a.wait(again)
+		a.wait(synced)
+	}
+}
+
+// What is in the air when an fdatasync begins is not forgotten: the next one, which has it all to write, is not made on the loop.
+func TestLargeSyncIsNotOnTheLoop(t *testing.T) {
+	id := identity
+	id.BlockSize = torus.DefaultBlockSize
+	a := newAirportOf(t, 1, id, 16*id.BlockSize)
+	a.sim.RunFor(time.Minute)
+	large, small := torus.BlockRef{Volume: 1, INode: 1, Index: 1}, torus.BlockRef{Volume: 1, INode: 1, Index: 2}
+	do := func(rs ...*torus.Request) {
+		var dones []*bool
+		a.on(func() {
+			for _, r := range rs {
+				dones = append(dones, a.submit(r))
+			}
+		})
+		for _, done := range dones {
+			a.wait(done)
+		}
+	}
+	do(appendOf(small, 0, 0), &torus.Request{Op: torus.OpSync, Ref: small, Len: 4096})
+	var flights []*torus.Request
+	end := 0
+	for range 3 {
+		r := appendOf(large, end, 255)
+		end += len(r.Data)
+		flights = append(flights, r)
+	}
+	do(append(flights, appendOf(small, 4096, 0), &torus.Request{Op: torus.OpSync, Ref: small, Len: 8192})...)
+	a.onLoop = 0
+	do(&torus.Request{Op: torus.OpSync, Ref: large, Len: uint32(end)})
+	if a.onLoop > 0 {
+		t.Error("an fdatasync of 3 MiB was made on the loop")
+	}
 }

@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/coreos/torus"
-	"github.com/coreos/torus/vfs"
 )
 
 // group is the group commit of one file: all that wait share one fdatasync. A request is answered by an fdatasync that began
@@ -84,7 +83,7 @@ func (f *file) begin() {
 	}
 	n := 0
 	for _, r := range g.waiting {
-		if d.landed(r) {
+		if f.landed(r) {
 			g.served = append(g.served, r)
 		} else {
 			g.waiting[n] = r
@@ -111,8 +110,14 @@ func (f *file) begin() {
 			}
 		}
 	}
-	little := g.bytes <= inlineBytes
-	g.bytes = 0
+	aloft := 0
+	for _, fl := range d.flights {
+		if fl.f == f && !fl.landed {
+			aloft += len(fl.data)
+		}
+	}
+	little := g.bytes <= inlineBytes && aloft == 0
+	g.bytes = aloft
 	d.metrics.flushes.Inc()
 	if little && d.quick() && !d.writer.in(f) {
 		f.finish(f.f.Datasync())
@@ -124,11 +129,12 @@ func (f *file) begin() {
 // quick reports whether the disk is known to sync so fast that the loop can wait for it.
 func (d *Disk) quick() bool { return d.syncTime > 0 && d.syncTime <= inlineTime }
 
-// landed reports whether nothing is in the air any more of what r wants to be durable.
-func (d *Disk) landed(r *torus.Request) bool {
+// landed reports whether nothing is in the air any more of what r wants to be durable in f.
+func (f *file) landed(r *torus.Request) bool {
+	d := f.d
 	s, ok := d.index.find(keyOf(r.Ref))
 	switch {
-	case !ok:
+	case !ok || d.files[d.slots[s].file] != f: // deleted meanwhile, and made again elsewhere
 		return true
 	case r.Op == torus.OpSync:
 		return !d.flying(s, r.Len)
@@ -165,7 +171,7 @@ func (f *file) finish(err error) {
 		d.fail(f, err)
 		return
 	}
-	d.observeSync(f.f)
+	d.observeSync(max(f.f.SyncTime(), 1))
 	freed := false
 	for _, s := range g.flying {
 		x := &d.slots[s]
@@ -222,8 +228,7 @@ func (f *file) synced(r *torus.Request) {
 }
 
 // observeSync keeps the average of what an fdatasync takes. It is quick to see that the disk is slow.
-func (d *Disk) observeSync(f vfs.File) {
-	t := max(f.SyncTime(), 1)
+func (d *Disk) observeSync(t time.Duration) {
 	if d.syncTime == 0 || t > 8*inlineTime {
 		d.syncTime = max(d.syncTime, t)
 		return

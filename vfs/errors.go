@@ -3,6 +3,7 @@ package vfs
 import (
 	"fmt"
 	"path"
+	"time"
 )
 
 // OpKind is a kind of call on an FS or File.
@@ -206,13 +207,13 @@ func (f *errorFile) WriteThrough(b []byte, off int64) (int, error) {
 }
 
 // WriteDurable is a write and an fdatasync to who injects faults, and to who cuts the power between the two.
-func (f *errorFile) WriteDurable(b []byte, off int64) error {
+func (f *errorFile) WriteDurable(b []byte, off int64) (took time.Duration, err error) {
 	if _, err := f.WriteThrough(b, off); err != nil {
-		return err
+		return 0, err
 	}
 	if err := f.fault(OpDatasync, 0, 0); err != nil {
 		f.failSync()
-		return err
+		return 0, err
 	}
 	return f.File.WriteDurable(b, off)
 }

@@ -864,30 +864,38 @@ func allZero(b []byte) bool {
 func (f *memFile) WriteThrough(b []byte, off int64) (int, error) { return f.WriteAt(b, off) }
 
 // WriteDurable implements File.
-func (f *memFile) WriteDurable(b []byte, off int64) error {
+func (f *memFile) WriteDurable(b []byte, off int64) (took time.Duration, err error) {
 	if _, err := f.WriteAt(b, off); err != nil || len(b) == 0 {
-		return err
+		return 0, err
 	}
 	return f.sync("write", func() { f.n.syncRange(off, off+int64(len(b))) })
 }
 
-func (f *memFile) Datasync() error { return f.sync("fdatasync", f.n.sync) }
+func (f *memFile) Datasync() error {
+	took, err := f.sync("fdatasync", f.n.sync)
+	if took > 0 {
+		f.m.mu.Lock()
+		f.syncTime = took
+		f.m.mu.Unlock()
+	}
+	return err
+}
 
-func (f *memFile) sync(op string, sync func()) error {
+func (f *memFile) sync(op string, sync func()) (took time.Duration, err error) {
 	if err := f.enter(op); err != nil {
-		return err
+		return 0, err
 	}
 	defer f.m.mu.Unlock()
-	f.syncTime = 50 * time.Microsecond
+	took = 50 * time.Microsecond
 	if f.m.rand.Float64() < f.m.slowSyncs {
-		f.syncTime = f.m.slowSyncIs
+		took = f.m.slowSyncIs
 	}
 	if f.failed != f.n.failed { // writing back failed under another open file: told once here, too
 		f.failed = f.n.failed
-		return pathError(op, f.name, syscall.EIO)
+		return took, pathError(op, f.name, syscall.EIO)
 	}
 	sync()
-	return nil
+	return took, nil
 }
 
 // failSync is what a failed fdatasync(2) does: what was unsynced stays readable, counts as clean, and never reaches the

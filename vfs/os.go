@@ -137,7 +137,8 @@ type osFile struct {
 	fd       int
 	syncTime atomic.Int64
 
-	readOnly bool
+	readOnly  bool
+	noDurable atomic.Bool // WriteDurable has no way of its own
 
 	directOnce sync.Once
 	directFile *os.File // the same, opened with O_DIRECT; nil where that cannot be
@@ -284,34 +285,31 @@ func (f *osFile) WriteThrough(b []byte, off int64) (int, error) {
 	return f.WriteAt(b, off)
 }
 
-// WriteDurable implements File: pwritev2(2) with RWF_DSYNC.
-func (f *osFile) WriteDurable(b []byte, off int64) error {
-	if f.direct() == nil || !isAligned(b, off) || len(b) == 0 {
-		if _, err := f.WriteAt(b, off); err != nil {
-			return err
-		}
-		return f.Datasync()
-	}
+// WriteDurable implements File: pwritev2(2) with RWF_DSYNC, where the kernel and the file system have it and O_DIRECT.
+func (f *osFile) WriteDurable(b []byte, off int64) (took time.Duration, err error) {
 	begin := time.Now()
-	vec := unix.Iovec{Base: &b[0], Len: uint64(len(b))}
-	n, _, errno := unix.Syscall6(unix.SYS_PWRITEV2, uintptr(f.directFD), uintptr(unsafe.Pointer(&vec)), 1,
-		uintptr(off), uintptr(uint64(off)>>32), unix.RWF_DSYNC)
-	runtime.KeepAlive(f)
-	f.syncTime.Store(int64(time.Since(begin)))
-	switch {
-	case errno != 0 && errno != unix.EINTR:
-		return f.wrap("write", errno)
-	case errno == 0 && int(n) == len(b):
-		return nil
+	n := 0
+	if !f.noDurable.Load() && len(b) > 0 && isAligned(b, off) && f.direct() != nil {
+		vec := unix.Iovec{Base: &b[0], Len: uint64(len(b))}
+		r, _, errno := unix.Syscall6(unix.SYS_PWRITEV2, uintptr(f.directFD), uintptr(unsafe.Pointer(&vec)), 1,
+			uintptr(off), uintptr(uint64(off)>>32), unix.RWF_DSYNC)
+		runtime.KeepAlive(f)
+		switch errno {
+		case 0:
+			n = int(r)
+		case unix.EINVAL, unix.EOPNOTSUPP, unix.ENOSYS:
+			f.noDurable.Store(true)
+		case unix.EINTR, unix.EAGAIN, unix.ENOMEM:
+		default:
+			return 0, f.wrap("write", errno)
+		}
 	}
-	// What is left goes the ordinary way.
-	if errno != 0 {
-		n = 0
+	if n < len(b) {
+		if _, err = f.WriteAt(b[n:], off+int64(n)); err == nil {
+			err = f.Datasync()
+		}
 	}
-	if _, err := f.WriteAt(b[n:], off+int64(n)); err != nil {
-		return err
-	}
-	return f.Datasync()
+	return time.Since(begin), err
 }
 
 func (f *osFile) Datasync() error {

@@ -61,13 +61,13 @@ type File interface {
 	// the medium. It is no more durable than WriteAt. While it runs nothing else may be written to the same 2 MiB of the file, as large as the kernel's pages
 	// get: it would find the rest of one changed when it is done, and call that an I/O error.
 	WriteThrough(b []byte, off int64) (int, error)
-	// WriteDurable is WriteThrough, and what it has written is durable on return; nothing else is that was not before. An error is as bad as one of Datasync, but for
-	// ErrNoSpace. SyncTime is how long it took.
-	WriteDurable(b []byte, off int64) error
+	// WriteDurable is WriteThrough, and what it has written is durable on return; nothing else need be that was not before. Whatever the error, it is as bad as one of
+	// Datasync. took is how long it waited for the medium.
+	WriteDurable(b []byte, off int64) (took time.Duration, err error)
 	// Datasync makes everything written so far durable. After it has failed once, nothing may be assumed about any
 	// byte written since the last success, whatever later calls say.
 	Datasync() error
-	// SyncTime is how long the last Datasync or WriteDurable took, 0 before the first. Whoever decides whether a Datasync may hold up an
+	// SyncTime is how long the last Datasync took, 0 before the first. Whoever decides whether a Datasync may hold up an
 	// event loop asks here, as only the file system knows real time.
 	SyncTime() time.Duration
 	// DropCache forgets those bytes of [off, off+n) in memory that are clean, as far as the system can, so that reading

@@ -238,7 +238,8 @@ func randomWrites(t *testing.T, f vfs.FS) {
 				b[i] = byte(rng.Uint32())
 			}
 			off := 4096 * rng.IntN(4)
-			must(t, file.WriteDurable(b, int64(off)))
+			_, err := file.WriteDurable(b, int64(off))
+			must(t, err)
 			if more := off + len(b) - len(want); more > 0 {
 				want = append(want, make([]byte, more)...)
 			}
