@@ -34,7 +34,7 @@ func (p *dropper) durable(s uint32) {
 	d := p.f.d
 	x := &d.slots[s]
 	o := &d.opens[x.open]
-	if o.cached < dropBytes || x.key.ref().Type == torus.TypeINode {
+	if o.cached < dropBytes || o.durable <= o.dropped || x.key.ref().Type == torus.TypeINode {
 		return
 	}
 	_, place := d.place(s)
