@@ -76,8 +76,9 @@ var mutants = []Mutant{
 
 	// Storage.
 	{
-		Name: "sync-before-landing", Rule: "an fdatasync does not wait for the large appends that it covers", File: "storage/sync.go",
-		Edits: []Edit{{"	if g.covered, g.aloft = g.aloft, 0; g.covered > 0 {", "	if g.aloft = 0; g.covered > 0 {"}},
+		Name: "sync-before-landing", Rule: "a sync is answered by an fdatasync that began while some of it was in the air", File: "storage/sync.go",
+		Edits:   []Edit{{"			o.flying = min(x.length, d.aloft(s))\n", "			o.flying = x.length\n"}, {"		return !d.flying(s, r.Len)\n", "		return true\n"}},
+		Package: "./storage", Test: "^TestCrash",
 	},
 	{
 		Name: "again-in-the-air", Rule: "an append that is sent again is acknowledged while the first one is being written", File: "storage/append.go",
@@ -86,7 +87,7 @@ var mutants = []Mutant{
 	},
 	{
 		Name: "ack-in-the-air", Rule: "a small append is acknowledged before a large one in front of it is written", File: "storage/append.go",
-		Edits: []Edit{{"	flies := len(data) >= d.bulk || found && d.flying(s, length)\n", "	flies := len(data) >= d.bulk\n"}},
+		Edits: []Edit{{"	flies := !durable && (len(data) >= d.bulk || found && d.flying(s, length))\n", "	flies := !durable && len(data) >= d.bulk\n"}},
 	},
 	{
 		Name: "crc-unchecked", Rule: "a read's checksums are not checked", File: "file/read.go",
@@ -356,7 +357,7 @@ var mutants = []Mutant{
 	},
 	{
 		Name: "durable-over-gap", Rule: "an append is called durable although what lies before it in its block is not", File: "storage/append.go",
-		Edits:   []Edit{{" && o.durable == x.length && o.flights == 0", " && o.flights == 0"}},
+		Edits:   []Edit{{"o.durable == x.length && o.flights == 0", "o.flights == 0"}},
 		Package: "./storage", Test: "^TestCrash",
 	},
 	{
@@ -365,11 +366,6 @@ var mutants = []Mutant{
 		Package: "./storage", Test: "^TestCrash",
 		Harmless: "the entry of a block is written with its first append, and becomes durable with the fdatasync that makes those bytes durable, at the latest; a block of which all bytes are durable " +
 			"has an entry that is, too. The condition says what is relied upon.",
-	},
-	{
-		Name: "sync-in-the-air", Rule: "a sync is answered by an fdatasync that began while some of it was in the air", File: "storage/sync.go",
-		Edits:   []Edit{{"			o.flying = min(x.length, d.aloft(s))\n", "			o.flying = x.length\n"}, {"		return !d.flying(s, r.Len)\n", "		return true\n"}},
-		Package: "./storage", Test: "^TestCrash",
 	},
 	{
 		Name: "delete-reuses-early", Rule: "a slot is used again before its block's deletion is durable", File: "storage/seal.go",
