@@ -155,12 +155,12 @@ func (d *Disk) append(r *torus.Request) bool {
 	o.flushed = max(o.flushed, flushed)
 	if durable {
 		o.durable = x.length
-	} else if !o.dirty {
-		o.dirty = true
-		f.sync.dirty = append(f.sync.dirty, s)
-	}
-	if !durable {
+	} else {
 		f.sync.bytes += len(data)
+		if !o.dirty {
+			o.dirty = true
+			f.sync.dirty = append(f.sync.dirty, s)
+		}
 	}
 	d.appended += uint64(len(data))
 	if flies {

@@ -5,8 +5,8 @@ import (
 	"github.com/coreos/torus/loop"
 )
 
-// What was appended through the page cache leaves it soon after it has become durable, but for metadata. It is seldom read from there: who has written it keeps
-// it himself. And pages that come free at once are the next ones to be used, which costs an append a fraction of what others cost: those the kernel takes from somebody else or, in a virtual
+// What was appended through the page cache leaves it soon after it has become durable, but for metadata. It is seldom read from there: whoever uses
+// a volume has a cache of his own. And pages that come free at once are the next ones to be used, which costs an append a fraction of what others cost: those the kernel takes from somebody else or, in a virtual
 // machine, first has to get from the host (docs/performance.md).
 const (
 	// dropBytes is how much of a block is in the page cache before it is dropped.
