@@ -32,7 +32,7 @@ func checkAppend(r *torus.Request, blockSize uint64, h *record.Header) (flushed 
 	return flushed, nil
 }
 
-// append verifies and writes: to the page cache, inline, or, if it is much, past it. False if there is no slot yet.
+// append verifies, and stages what it is given or, if it is much, has it written at once. False if there is no slot yet.
 func (d *Disk) append(r *torus.Request) bool {
 	s, found := d.index.find(keyOf(r.Ref))
 	var length uint32
@@ -87,7 +87,7 @@ func (d *Disk) append(r *torus.Request) bool {
 			return true
 		}
 		if data = data[len(again):]; len(data) == 0 {
-			if d.flying(s, r.Off+uint32(len(again))) {
+			if d.owing(s) && d.flying(s, r.Off+uint32(len(again))) {
 				d.tagAlong(r, s)
 				return true
 			}
@@ -113,11 +113,19 @@ func (d *Disk) append(r *torus.Request) bool {
 		return true
 	}
 	durable := r.Durable && found && d.atOnce(f, s, len(data))
-	flies := !durable && (len(data) >= d.bulk || found && d.flying(s, length))
+	flies := !durable && (len(data) >= d.bulk || found && d.owing(s))
+	var c *flight
+	if !durable && !flies && r.Ref.Type != torus.TypeINode {
+		if c = d.room(s, found, length, len(data)); c != nil && c.fill(data) != nil {
+			d.drop(c)
+			c = nil
+		}
+		flies = c == nil && found && d.flying(s, length)
+	}
 	switch {
 	case durable:
 		err = d.writeDurable(f, data, place+int64(length))
-	case !flies:
+	case c == nil && !flies:
 		_, err = f.f.WriteAt(data, place+int64(length))
 	}
 	if err == nil && !found {
@@ -126,6 +134,9 @@ func (d *Disk) append(r *torus.Request) bool {
 	}
 	if err != nil {
 		if !found {
+			if c != nil {
+				d.drop(c)
+			}
 			d.giveBack(s)
 		}
 		// What was written is beyond the block's length and so as if it were not there. But unless it is only space that is
@@ -148,15 +159,17 @@ func (d *Disk) append(r *torus.Request) bool {
 	switch {
 	case flies:
 		d.takeOff(r, s, data)
-	case !durable:
-		o.cached += uint32(len(data))
+	case c != nil:
+		c.attach(len(data))
 	}
 	x.length += uint32(len(data))
 	o.flushed = max(o.flushed, flushed)
 	if durable {
 		o.durable = x.length
 	} else {
-		f.sync.bytes += len(data)
+		if c == nil {
+			f.sync.bytes += len(data)
+		}
 		if !o.dirty {
 			o.dirty = true
 			f.sync.dirty = append(f.sync.dirty, s)

@@ -120,7 +120,7 @@ func (w *world) open() error {
 	}
 	var err error
 	cfg := crashConfig(w.loop, w.fs)
-	cfg.BulkBytes = []int{0, 1, 2 * torus.PageSize, 3 * torus.PageSize}[w.rng.IntN(4)] // none, all, or some appends fly
+	cfg.BulkBytes = []int{crashBlock + torus.PageSize, torus.PageSize, 2 * torus.PageSize, 3 * torus.PageSize}[w.rng.IntN(4)] // none, all, or some appends fly
 	w.store, err = storage.Open(cfg)
 	return err
 }

@@ -80,8 +80,9 @@ type Disk struct {
 	writer    prewriter
 	puts      map[key]*putting // under way
 	bulk      int              // bytes of an append that goes past the page cache
-	flights   []*flight        // in the order in which they took off
-	writing   int              // bytes of them that the disk has been given
+	stage     stage
+	flights   []*flight // in the order in which they took off
+	writing   int       // bytes of them that the disk has been given
 	damaged   func(torus.BlockRef)
 	parked    []*torus.Request // wait for a slot that is in the making, and all that came after them
 	unparking bool
@@ -112,17 +113,17 @@ const (
 
 // openBlock is what is known of a block besides, until it is sealed durably.
 type openBlock struct {
-	durable uint32 // bytes
-	cached  uint32 // bytes that went to the page cache, and have not been dropped from there
-	dropped uint32 // where what has been dropped ends
-	flying  uint32 // bytes covered by the fdatasync that runs
-	flushed uint64 // highest Flushed of its records
-	flights int    // appends that are in the air
-	dirty   bool   // in its file's list of dirty slots, with bytes
-	failed  bool   // bytes were lost by a failed write or fdatasync; length is what was durable
-	suspect bool   // records behind the length were found: the slot is kept, and they can be read by who knows their checksums
-	unread  bool   // the medium could not be read when the store was opened; length is what was verified
-	hurt    bool   // a read failed
+	durable uint32  // bytes
+	flying  uint32  // bytes covered by the fdatasync that runs
+	flushed uint64  // highest Flushed of its records
+	flights int     // what is in the air
+	owed    int     // appends of it that are not answered
+	chunk   *flight // the last of them, if it takes more
+	dirty   bool    // in its file's list of dirty slots, with bytes
+	failed  bool    // bytes were lost by a failed write or fdatasync; length is what was durable
+	suspect bool    // records behind the length were found: the slot is kept, and they can be read by who knows their checksums
+	unread  bool    // the medium could not be read when the store was opened; length is what was verified
+	hurt    bool    // a read failed
 }
 
 // file is a slots file.
@@ -139,7 +140,6 @@ type file struct {
 	raw   []uint32 // free slots that were never used
 
 	sync group
-	drop dropper
 }
 
 // place is where a slot begins in its file.
@@ -495,6 +495,7 @@ func (d *Disk) Close() error {
 	}
 	d.writer.timer.Stop()
 	d.grow.timer.Stop()
+	d.stage.timer.Stop()
 	d.ledger.ChangeAll()
 
 	errs := []error{d.landAll()}
@@ -516,6 +517,9 @@ func (d *Disk) release() error {
 	var errs []error
 	for _, f := range d.files {
 		errs = append(errs, f.f.Close())
+	}
+	if g := &d.stage; g.mem != nil {
+		errs = append(errs, g.mem.Close(), g.f.Close())
 	}
 	errs = append(errs, d.unlock())
 	d.metrics.unregister()

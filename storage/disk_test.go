@@ -185,7 +185,7 @@ func TestSizeChanges(t *testing.T) {
 func TestReserve(t *testing.T) {
 	mem := vfs.NewMem(1)
 	const reserve = 1 << 20
-	mem.SetCapacity(reserve + 8*storetest.BlockSize)
+	mem.SetCapacity(reserve + (16+8)*storetest.BlockSize) // 16 are the stage
 	b := storetest.NewBench(t, 1)
 	must(t, storage.Create(mem, identity))
 	cfg := config(b.Loop, mem)
@@ -235,11 +235,26 @@ func on(kind vfs.OpKind, err error) func(vfs.Op) error {
 	}
 }
 
+// unmapped has appends go through the page cache.
+func unmapped(op vfs.Op) error {
+	if op.Kind == vfs.OpMap {
+		return errors.ErrUnsupported
+	}
+	return nil
+}
+
 // After a failed fdatasync: ErrIO for good for what was unsynced, however often it is tried; what was synced is read (TESTING, trap 2).
 func TestFailedSync(t *testing.T) {
-	for _, kind := range []vfs.OpKind{vfs.OpDatasync, vfs.OpWrite} {
+	for _, c := range []struct {
+		kind   vfs.OpKind
+		staged bool
+	}{{vfs.OpDatasync, true}, {vfs.OpDatasync, false}, {vfs.OpWrite, true}, {vfs.OpWrite, false}} {
+		kind := c.kind
 		mem := vfs.NewMem(1)
 		f := faulty(mem)
+		if !c.staged {
+			f.hit = unmapped
+		}
 		b := bench(t, f)
 		b.Sim.RunFor(time.Second)
 		synced, dirty, late := storetest.Ref(1), storetest.Ref(2), storetest.Ref(3)
@@ -248,7 +263,7 @@ func TestFailedSync(t *testing.T) {
 		must(t, b.Append(synced, 8192, storetest.Record(synced, 8192, 2, 0, 0)))
 		must(t, b.Append(dirty, 0, storetest.Record(dirty, 0, 1, 0, 1)))
 		f.hit = on(kind, syscall.EIO)
-		if kind == vfs.OpDatasync {
+		if kind == vfs.OpDatasync || c.staged { // what is staged is written when it is synced
 			rs := []*torus.Request{{Op: torus.OpSync, Ref: synced, Len: 12288}, {Op: torus.OpSync, Ref: dirty, Len: 8192}, {Op: torus.OpSync, Ref: dirty, Len: 100}}
 			b.DoAll(rs...)
 			for _, r := range rs {
@@ -300,6 +315,7 @@ func TestFailedSync(t *testing.T) {
 // A full file system under an append is no failure of the disk: nothing changes, the caller is told.
 func TestNoSpaceOnWrite(t *testing.T) {
 	f := faulty(vfs.NewMem(1))
+	f.hit = unmapped
 	b := bench(t, f)
 	b.Sim.RunFor(time.Second)
 	ref, other := storetest.Ref(1), storetest.Ref(2)
@@ -321,6 +337,7 @@ func TestReadErrors(t *testing.T) {
 	b := bench(t, f)
 	ref := storetest.Ref(1)
 	must(t, b.Append(ref, 0, storetest.Record(ref, 0, 1, 0, 1)))
+	must(t, b.Sync(ref, 8192)) // else it is read from the stage
 	f.hit = on(vfs.OpRead, syscall.EIO)
 	for range 20 {
 		_, err := b.Read(ref, 0, 100)
@@ -363,7 +380,7 @@ func TestUnreadableOpenBlock(t *testing.T) {
 	_, _ = file.ReadAt(head, 0)
 	bad := int64(bytes.Index(head, all[:4096])) // in whichever slot it is
 	f.hit = func(op vfs.Op) error {
-		if op.Kind == vfs.OpRead && op.Off <= bad && op.Off+op.Len > bad && op.Off > 4096*3-1 {
+		if op.Kind == vfs.OpRead && op.Name != "stage" && op.Off <= bad && op.Off+op.Len > bad && op.Off > 4096*3-1 {
 			return syscall.EIO
 		}
 		return nil
@@ -426,6 +443,7 @@ func TestRotInOpenBlock(t *testing.T) {
 		head := make([]byte, 1<<20)
 		_, _ = file.ReadAt(head, 0)
 		at := int64(bytes.Index(head, all[:4096]))
+		must(t, mem.Remove("stage")) // which would mend it
 		bad := int64(c.record*size + 5000)
 		_, err = file.WriteAt([]byte{^all[bad]}, at+bad)
 		must(t, err)

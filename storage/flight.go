@@ -33,9 +33,12 @@ type flight struct {
 	off     uint32 // in the block
 	data    []byte // the part of r.Data that is new; nothing if all of it is on its way already, and only the reply has to wait
 	end     uint32 // of the block, with r.Data
+	filling bool   // a chunk that takes more
+	carried bool   // a chunk that is written with an fdatasync
 	started bool   // the kernel or a helper has it
 	landed  bool
 	err     error // of the helper
+	chunk   int   // where in the stage data is, if r is nil
 }
 
 var _ loop.FileIO = (*flight)(nil)
@@ -45,8 +48,13 @@ func (d *Disk) takeOff(r *torus.Request, s uint32, data []byte) {
 	x := &d.slots[s]
 	f, place := d.place(s)
 	fl := &flight{d: d, r: r, f: f, slot: s, place: place + int64(x.length), off: x.length, data: data, end: x.length + uint32(len(data))}
+	o := &d.opens[x.open]
+	if o.chunk != nil {
+		o.chunk.detach()
+	}
 	x.pins++
-	d.opens[x.open].flights++
+	o.flights++
+	o.owed++
 	d.flights = append(d.flights, fl)
 	d.launch()
 }
@@ -57,7 +65,7 @@ func (d *Disk) launch() {
 		return // Close writes what is left
 	}
 	for _, fl := range d.flights {
-		if fl.started {
+		if fl.started || fl.filling {
 			continue
 		}
 		if d.writing >= maxWriting*d.bulk {
@@ -72,7 +80,9 @@ func (d *Disk) launch() {
 // tagAlong has a reply wait for what is in the air of a block.
 func (d *Disk) tagAlong(r *torus.Request, s uint32) {
 	x := &d.slots[s]
-	d.opens[x.open].flights++
+	o := &d.opens[x.open]
+	o.flights++
+	o.owed++
 	d.flights = append(d.flights, &flight{d: d, r: r, f: d.files[x.file], slot: s, off: x.length, end: r.Off + uint32(len(r.Data)), started: true, landed: true})
 }
 
@@ -133,9 +143,15 @@ func (d *Disk) arrive(s uint32) {
 		d.flights = slices.Delete(d.flights, i, i+1)
 		x := &d.slots[s]
 		if x.open >= 0 {
-			d.opens[x.open].flights--
+			o := &d.opens[x.open]
+			o.flights--
+			if fl.r != nil {
+				o.owed--
+			}
 		}
 		switch {
+		case fl.r == nil:
+			d.stage.free = append(d.stage.free, fl.chunk)
 		case fl.f.err != nil:
 			d.refuse(fl.r, fl.f.err)
 		case x.open < 0 || x.state == freeing || fl.end > x.length: // deleted or cut off meanwhile
@@ -148,6 +164,12 @@ func (d *Disk) arrive(s uint32) {
 	}
 }
 
+// owing reports whether an append to a block that is in the air has not been answered.
+func (d *Disk) owing(s uint32) bool {
+	o := d.slots[s].open
+	return o >= 0 && d.opens[o].owed > 0
+}
+
 // flying reports whether something of a block is in the air below end.
 func (d *Disk) flying(s, end uint32) bool { return end > d.aloft(s) }
 
@@ -158,6 +180,18 @@ func (d *Disk) aloft(s uint32) (first uint32) {
 	}
 	i := slices.IndexFunc(d.flights, func(fl *flight) bool { return fl.slot == s })
 	return d.flights[i].off
+}
+
+// unwritten is where in a block begins what no fdatasync that begins now would cover.
+func (d *Disk) unwritten(s uint32) uint32 {
+	if o := d.slots[s].open; o >= 0 && d.opens[o].flights > 0 {
+		for _, fl := range d.flights {
+			if fl.slot == s && !fl.carried {
+				return fl.off
+			}
+		}
+	}
+	return noFlight
 }
 
 const noFlight = math.MaxUint32
@@ -190,6 +224,7 @@ func (d *Disk) landAll() error {
 	var errs []error
 	for _, fl := range slices.Clone(d.flights) {
 		if !fl.landed {
+			fl.filling = false
 			err := fl.write()
 			errs = append(errs, err)
 			fl.land(err)

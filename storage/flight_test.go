@@ -243,7 +243,7 @@ func TestFlightClose(t *testing.T) {
 // A sync waits for what it means, not for what is in the air behind that.
 func TestSyncBesideFlights(t *testing.T) {
 	before := 0
-	for seed := range uint64(30) {
+	for seed := range uint64(300) {
 		a := newAirport(t, seed)
 		ref := torus.BlockRef{Volume: 1, INode: 1, Index: 1}
 		var done *bool

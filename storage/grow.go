@@ -149,7 +149,6 @@ func (g *grower) Done() {
 func (d *Disk) addFile(super superblock, vf vfs.File) *file {
 	f := &file{d: d, index: uint16(len(d.files)), super: super, name: slotsName(super.number), f: vf, base: uint32(len(d.slots))}
 	f.sync.start = f.begin
-	f.drop.f = f
 	d.files = append(d.files, f)
 	d.slots = slices.Grow(d.slots, int(super.slots))
 	for range super.slots {

@@ -126,8 +126,11 @@ type recovery struct {
 	window *buf.Buf
 	gens   []uint64 // of the newest entry of each slot
 	used   []uint32 // slots with blocks
-	drop   []uint32 // slots whose block is not one: to be freed
-	torn   int      // entries
+	staged map[key][]staged
+	// unstaged: the stage could not be read.
+	unstaged bool
+	drop     []uint32 // slots whose block is not one: to be freed
+	torn     int      // entries
 }
 
 // recover reads what a clean end, a killed process or a power cut has left.
@@ -150,6 +153,10 @@ func (d *Disk) recover(size uint64) error {
 	}
 	r := &recovery{d: d, window: buf.Get(record.MaxSize)}
 	defer r.window.Release()
+	if r.staged, err = readStage(d.fs); err != nil {
+		d.log.Error("cannot read the stage: open blocks take no more appends, and a recovery is told that others may hold more of them", "err", err)
+		r.unstaged = true
+	}
 	for _, n := range numbers {
 		if err := r.readFile(n); err != nil {
 			return &torus.Error{Op: "open store", Obj: "file " + slotsName(n), Err: err,
@@ -165,6 +172,9 @@ func (d *Disk) recover(size uint64) error {
 	}
 	if err := r.free(); err != nil {
 		return err
+	}
+	if err := d.openStage(r.staged); err != nil {
+		d.log.Warn("small appends go through the page cache, as there is no stage", "err", err)
 	}
 	if r.torn > 0 || len(r.drop) > 0 {
 		d.log.Info("recovered from a crash", "torn_entries", r.torn, "slots_freed", len(r.drop))
@@ -260,7 +270,8 @@ func (r *recovery) readFile(number uint32) error {
 		case n.state == open:
 			x.key = keyOf(n.ref)
 			d.taken++
-			if r.walk(f, s) {
+			if r.walk(f, s) || r.unstaged {
+				d.opens[x.open].unread = d.opens[x.open].unread || r.unstaged
 				r.used = append(r.used, s)
 			} else {
 				r.drop = append(r.drop, s)
@@ -339,7 +350,11 @@ func (r *recovery) walk(f *file, s uint32) bool {
 		o.unread = true
 		return true
 	}
-	if err := f.f.DropCache(place, int64(block)); err != nil {
+	err := f.f.DropCache(place, int64(block))
+	if err == nil {
+		err = r.restore(f, s)
+	}
+	if err != nil {
 		return unread(0, err)
 	}
 	from := uint64(0) // of the window

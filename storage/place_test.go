@@ -54,6 +54,7 @@ func TestLocate(t *testing.T) {
 			for i := range uint64(8) {
 				data[i] = storetest.Record(storetest.Ref(i), 0, i+1, 0, 3)
 				must(t, b.Append(storetest.Ref(i), 0, data[i]))
+				must(t, b.Sync(storetest.Ref(i), uint32(len(data[i]))))
 				at[i] = locate(t, d, storetest.Ref(i))
 			}
 			stays := func(what string, changed ...uint64) {
@@ -124,6 +125,7 @@ func TestLocateUnsafe(t *testing.T) {
 	ref := storetest.Ref(1)
 	small := storetest.Record(ref, 0, 1, 0, 1)
 	must(t, b.Append(ref, 0, small))
+	must(t, b.Sync(ref, uint32(len(small))))
 	large := storetest.Record(ref, uint32(len(small)), 2, 0, 16)
 	done := false
 	b.Loop.Post(func() {

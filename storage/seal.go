@@ -41,8 +41,11 @@ func (d *Disk) seal(r *torus.Request) {
 			}
 			d.ledger.Change(s)
 		}
-		x.state, x.length = sealing, r.Len
 		o := &d.opens[x.open]
+		if r.Len < x.length {
+			d.closeChunk(o.chunk)
+		}
+		x.state, x.length = sealing, r.Len
 		o.durable = min(o.durable, r.Len)
 	}
 	d.sealOn(r)
@@ -121,6 +124,12 @@ func (d *Disk) unlist(s uint32) {
 	x := &d.slots[s]
 	d.ledger.Change(s)
 	d.index.remove(x.key)
+	if x.open >= 0 {
+		if c := d.opens[x.open].chunk; c != nil {
+			c.detach()
+			c.land(nil) // nobody wants it
+		}
+	}
 	d.dropOpen(s)
 	x.state = freeing
 }

@@ -17,6 +17,9 @@ type group struct {
 	bytes   int              // written since the last one began
 	waiting []*torus.Request // for the next one
 	served  []*torus.Request // by the one that runs
+	carried []*flight        // chunks that are written with the one that runs
+	alone   bool             // it is all there is to it
+	took    time.Duration    // the last one
 	running bool
 	planned bool   // one begins at the end of this turn
 	start   func() // made once
@@ -81,6 +84,9 @@ func (f *file) begin() {
 	if d.closed || f.err != nil || g.running {
 		return
 	}
+	for _, r := range g.waiting {
+		f.carry(r)
+	}
 	n := 0
 	for _, r := range g.waiting {
 		if f.landed(r) {
@@ -104,7 +110,7 @@ func (f *file) begin() {
 		}
 		if x.open >= 0 {
 			o := &d.opens[x.open]
-			o.flying = min(x.length, d.aloft(s))
+			o.flying = min(x.length, d.unwritten(s))
 			if o.dirty = o.flying < x.length; o.dirty && !slices.Contains(g.dirty, s) {
 				g.dirty = append(g.dirty, s)
 			}
@@ -112,15 +118,19 @@ func (f *file) begin() {
 	}
 	aloft := 0
 	for _, fl := range d.flights {
-		if fl.f == f && !fl.landed {
+		if fl.f == f && !fl.landed && fl.r != nil {
 			aloft += len(fl.data)
 		}
 	}
+	for _, c := range g.carried {
+		g.bytes += len(c.data)
+	}
 	little := g.bytes <= inlineBytes && aloft == 0
 	g.bytes = aloft
+	g.alone = f.carriesAll()
 	d.metrics.flushes.Inc()
 	if little && d.quick() && !d.writer.in(f) {
-		f.finish(f.f.Datasync())
+		f.finish(f.flush())
 	} else {
 		d.loop.Offload(f)
 	}
@@ -137,9 +147,9 @@ func (f *file) landed(r *torus.Request) bool {
 	case !ok || d.files[d.slots[s].file] != f: // deleted meanwhile, and made again elsewhere
 		return true
 	case r.Op == torus.OpSync:
-		return !d.flying(s, r.Len)
+		return r.Len <= d.unwritten(s)
 	case r.Op == torus.OpSeal:
-		return !d.flying(s, d.slots[s].length)
+		return d.slots[s].length <= d.unwritten(s)
 	}
 	return true
 }
@@ -148,7 +158,7 @@ func (f *file) landed(r *torus.Request) bool {
 func (f *file) Work() {
 	f.sync.err = torus.ErrClosed
 	if f.d.enter() {
-		f.sync.err = f.f.Datasync()
+		f.sync.err = f.flush()
 		f.d.leave()
 	}
 }
@@ -164,14 +174,19 @@ func (f *file) Done() {
 func (f *file) finish(err error) {
 	g, d := &f.sync, f.d
 	g.running = false
-	if f.err != nil { // it failed meanwhile: this success proves nothing
+	carried := g.carried
+	g.carried = nil
+	for _, c := range carried {
+		c.land(err)
+	}
+	if f.err != nil { // it failed, now or meanwhile: a success proves nothing
 		return
 	}
 	if err != nil {
 		d.fail(f, err)
 		return
 	}
-	d.observeSync(max(f.f.SyncTime(), 1))
+	d.observeSync(max(g.took, 1))
 	freed := false
 	for _, s := range g.flying {
 		x := &d.slots[s]
@@ -186,7 +201,6 @@ func (f *file) finish(err error) {
 			o := &d.opens[x.open]
 			o.durable = max(o.durable, min(o.flying, x.length))
 			o.flying = 0
-			f.drop.durable(s)
 			if x.state == sealed && x.entry == entryClean {
 				d.dropOpen(s)
 			}

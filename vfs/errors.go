@@ -27,11 +27,12 @@ const (
 	OpTruncate
 	OpSize
 	OpDropCache
+	OpMap
 )
 
 func (k OpKind) String() string {
 	names := [...]string{"create", "open", "remove", "rename", "mkdir", "list", "syncdir", "lock", "free",
-		"read", "write", "fdatasync", "fallocate", "truncate", "stat", "fadvise"}
+		"read", "write", "fdatasync", "fallocate", "truncate", "stat", "fadvise", "mmap"}
 	if int(k) < len(names) {
 		return names[k]
 	}
@@ -204,6 +205,30 @@ func (f *errorFile) WriteThrough(b []byte, off int64) (int, error) {
 		return 0, err
 	}
 	return f.File.WriteThrough(b, off)
+}
+
+// Map implements File. A write to the memory is a write to who injects faults.
+func (f *errorFile) Map(n int) (Mapping, error) {
+	if err := f.fault(OpMap, 0, int64(n)); err != nil {
+		return nil, err
+	}
+	m, err := f.File.Map(n)
+	if err != nil {
+		return nil, err
+	}
+	return &errorMapping{m, f}, nil
+}
+
+type errorMapping struct {
+	Mapping
+	f *errorFile
+}
+
+func (m *errorMapping) Write(b []byte, off int) error {
+	if err := m.f.fault(OpWrite, int64(off), int64(len(b))); err != nil {
+		return err
+	}
+	return m.Mapping.Write(b, off)
 }
 
 // WriteDurable is a write and an fdatasync to who injects faults, and to who cuts the power between the two.

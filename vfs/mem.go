@@ -860,6 +860,50 @@ func allZero(b []byte) bool {
 	return true
 }
 
+// Map implements File.
+func (f *memFile) Map(n int) (Mapping, error) {
+	if err := f.enter("mmap"); err != nil {
+		return nil, err
+	}
+	defer f.m.mu.Unlock()
+	if f.n.seen.size < int64(n) {
+		return nil, pathError("mmap", f.name, fs.ErrInvalid)
+	}
+	m := &memMapping{f, make([]byte, n)}
+	for no, p := range f.n.seen.pages {
+		if at := no * memPageSize; at < int64(n) {
+			copy(m.b[at:], p[:])
+		}
+	}
+	return m, nil
+}
+
+type memMapping struct {
+	f *memFile
+	b []byte
+}
+
+// maxMapped is after how many writes the kernel writes a mapping out, though nobody asked for it.
+const maxMapped = 64
+
+func (m *memMapping) Bytes() []byte { return m.b }
+
+// Write implements Mapping.
+func (m *memMapping) Write(b []byte, off int) error {
+	copy(m.b[off:off+len(b)], b)
+	if _, err := m.f.WriteAt(b, int64(off)); err != nil {
+		return err
+	}
+	m.f.m.mu.Lock()
+	defer m.f.m.mu.Unlock()
+	if len(m.f.n.pending) >= maxMapped {
+		m.f.n.sync()
+	}
+	return nil
+}
+
+func (m *memMapping) Close() error { return nil }
+
 // WriteThrough implements File.
 func (f *memFile) WriteThrough(b []byte, off int64) (int, error) { return f.WriteAt(b, off) }
 

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -338,6 +339,52 @@ func (f *osFile) Size() (int64, error) {
 	}
 	return st.Size(), nil
 }
+
+// Map implements File: mmap(2). A file system that copies what is written may find no room for a page when the kernel writes that out, or first marks it as changed; so only those
+// that write in place, what has been written before.
+func (f *osFile) Map(n int) (Mapping, error) {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(f.fd, &st); err != nil {
+		return nil, f.wrap("statfs", err)
+	}
+	switch st.Type {
+	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.TMPFS_MAGIC:
+	default:
+		return nil, fmt.Errorf("mmap on a file system of type %#x: %w", st.Type, errors.ErrUnsupported)
+	}
+	b, err := unix.Mmap(f.fd, 0, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
+	if err != nil {
+		return nil, f.wrap("mmap", err)
+	}
+	_ = unix.Mlock(b) // else the kernel may take a page back, and has to read it again
+	return &osMapping{b, f.f.Name()}, nil
+}
+
+type osMapping struct {
+	b    []byte
+	name string
+}
+
+func (m *osMapping) Bytes() []byte { return m.b }
+
+// Write implements Mapping. A page that the kernel cannot provide is a SIGBUS, which is an error here and not the end of the process.
+func (m *osMapping) Write(b []byte, off int) (err error) {
+	dst := m.b[off : off+len(b)]
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		switch e := recover().(type) {
+		case nil:
+		case interface{ Addr() uintptr }:
+			err = &fs.PathError{Op: "write", Path: m.name, Err: unix.EIO}
+		default:
+			panic(e)
+		}
+	}()
+	copy(dst, b)
+	return nil
+}
+
+func (m *osMapping) Close() error { return unix.Munmap(m.b) }
 
 func (f *osFile) Close() error {
 	f.directOnce.Do(func() {}) // who has not needed it so far gets none any more

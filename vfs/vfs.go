@@ -79,4 +79,17 @@ type File interface {
 	// WriteDescriptor is an open descriptor to which pwrite(2) does what WriteThrough does; below 0 if there is none. It is closed with the file.
 	WriteDescriptor() int
 	Size() (int64, error)
+	// Map maps the first n bytes into memory; the file has as many. errors.ErrUnsupported where that cannot be, or where writing to them might need room that is not there.
+	Map(n int) (Mapping, error)
+}
+
+// Mapping is a part of a file in memory. What is written to it is in the file, and survives the end of the process, at the cost of a copy. It is durable after a Datasync of the
+// file, and some of it before.
+type Mapping interface {
+	// Bytes is the memory. It is only read, and page-aligned.
+	Bytes() []byte
+	// Write copies b to off. An error leaves anything in the range.
+	Write(b []byte, off int) error
+	// Close ends all use of the memory.
+	Close() error
 }
