@@ -185,7 +185,7 @@ func TestSizeChanges(t *testing.T) {
 func TestReserve(t *testing.T) {
 	mem := vfs.NewMem(1)
 	const reserve = 1 << 20
-	mem.SetCapacity(reserve + (16+8)*storetest.BlockSize) // 16 are the stage
+	mem.SetCapacity(reserve + (8+8)*storetest.BlockSize) // 8 are the stage
 	b := storetest.NewBench(t, 1)
 	must(t, storage.Create(mem, identity))
 	cfg := config(b.Loop, mem)

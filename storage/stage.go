@@ -29,8 +29,10 @@ type stage struct {
 
 const (
 	stageFile = "stage"
-	// stageChunks make the stage, each of BulkBytes, or of a block if that is less. A chunk of 256 KiB keeps a disk busy for longer than it takes to ask for it to be written.
-	stageChunks = 16
+	// A chunk has stageBulks times BulkBytes, 512 KiB, or a block if that is less: the larger it is, the fewer writes. There are stageChunks of them: the more, the less of them
+	// stays in the processor's cache (docs/performance.md).
+	stageBulks  = 2
+	stageChunks = 8
 	// stageTime is the longest that a chunk waits for more.
 	stageTime = time.Second
 )
@@ -96,7 +98,7 @@ func (r *recovery) restore(f *file, s uint32) error {
 // this is so, lest a power cut bring back what is older.
 func (d *Disk) openStage(found map[key][]staged) error {
 	g := &d.stage
-	g.chunk = min(d.bulk, int(d.id.BlockSize))
+	g.chunk = min(stageBulks*d.bulk, int(d.id.BlockSize))
 	size := stageChunks * g.chunk
 	f, err := d.fs.Open(stageFile)
 	if errors.Is(err, fs.ErrNotExist) {
