@@ -1,6 +1,7 @@
 package vfs
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -351,6 +352,9 @@ func (f *osFile) Map(n int) (Mapping, error) {
 	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.TMPFS_MAGIC:
 	default:
 		return nil, fmt.Errorf("mmap on a file system of type %#x: %w", st.Type, errors.ErrUnsupported)
+	}
+	if size, err := f.Size(); err != nil || size < int64(n) {
+		return nil, cmp.Or(err, f.wrap("mmap", unix.EINVAL))
 	}
 	b, err := unix.Mmap(f.fd, 0, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
 	if err != nil {

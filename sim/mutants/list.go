@@ -77,17 +77,50 @@ var mutants = []Mutant{
 	// Storage.
 	{
 		Name: "sync-before-landing", Rule: "a sync is answered by an fdatasync that began while some of it was in the air", File: "storage/sync.go",
-		Edits:   []Edit{{"			o.flying = min(x.length, d.aloft(s))\n", "			o.flying = x.length\n"}, {"		return !d.flying(s, r.Len)\n", "		return true\n"}},
+		Edits:   []Edit{{"			o.flying = min(x.length, d.unwritten(s))\n", "			o.flying = x.length\n"}, {"		return r.Len <= d.unwritten(s)\n", "		return true\n"}},
 		Package: "./storage", Test: "^TestCrash",
 	},
 	{
 		Name: "again-in-the-air", Rule: "an append that is sent again is acknowledged while the first one is being written", File: "storage/append.go",
-		Edits:   []Edit{{"			if d.flying(s, r.Off+uint32(len(again))) {\n", "			if d.flying(s, 0) {\n"}},
+		Edits:   []Edit{{"			if d.owing(s) && d.flying(s, r.Off+uint32(len(again))) {\n", "			if d.flying(s, 0) {\n"}},
 		Package: "./storage", Test: "^TestFlight$",
 	},
 	{
 		Name: "ack-in-the-air", Rule: "a small append is acknowledged before a large one in front of it is written", File: "storage/append.go",
-		Edits: []Edit{{"	flies := !durable && (len(data) >= d.bulk || found && d.flying(s, length))\n", "	flies := !durable && len(data) >= d.bulk\n"}},
+		Edits: []Edit{{"	flies := !durable && (len(data) >= d.bulk || found && d.owing(s))\n", "	flies := !durable && len(data) >= d.bulk\n"}},
+	},
+	{
+		Name: "stage-forgotten", Rule: "what was staged and acknowledged is not looked for after the end of the process", File: "storage/stage.go",
+		Edits:   []Edit{{"	for _, p := range r.staged[x.key] {", "	for _, p := range r.staged[key{}] {"}},
+		Package: "./storage", Test: "^TestCrash",
+	},
+	{
+		Name: "stage-reused-early", Rule: "a chunk of the stage is used again while it is being written", File: "storage/flight.go",
+		Edits: []Edit{
+			{"		fl.started = true\n", "		fl.started = true\n		if fl.r == nil {\n			d.stage.free = append(d.stage.free, fl.chunk)\n		}\n"},
+			{"			d.stage.free = append(d.stage.free, fl.chunk)\n		case", "			if fl.carried {\n				d.stage.free = append(d.stage.free, fl.chunk)\n			}\n		case"},
+		},
+		Package: "./storage", Test: "^Test(Crash|Stage)",
+	},
+	{
+		Name: "stage-unread-whole", Rule: "blocks count as whole although the stage could not be read", File: "storage/open.go",
+		Edits:   []Edit{{"		r.unstaged = true\n", "		_ = r.unstaged\n"}},
+		Package: "./storage", Test: "^TestStage",
+	},
+	{
+		Name: "carried-over-gap", Rule: "a chunk written durably counts for the bytes before it, which are not", File: "storage/stage.go",
+		Edits:   []Edit{{"d.opens[x.open].durable == g.carried[0].off", "d.opens[x.open].durable <= g.carried[0].off"}},
+		Package: "./storage", Test: "^TestCrash",
+	},
+	{
+		Name: "carried-without-entry", Rule: "a chunk written durably counts for the entry of its block, which is not", File: "storage/stage.go",
+		Edits:   []Edit{{"	return x.entry == entryClean && x.open >= 0", "	return x.open >= 0"}},
+		Package: "./storage", Test: "^TestCrash",
+	},
+	{
+		Name: "carried-for-all", Rule: "a chunk written durably counts for other blocks of the file", File: "storage/stage.go",
+		Edits:   []Edit{{"len(g.carried) != 1 || len(g.flying) != 1 ||", "len(g.carried) != 1 ||"}},
+		Package: "./storage", Test: "^TestCrash",
 	},
 	{
 		Name: "crc-unchecked", Rule: "a read's checksums are not checked", File: "file/read.go",

@@ -28,6 +28,7 @@ func Run(t *testing.T, make func(t *testing.T) vfs.FS) {
 		{"ReadWrite", readWrite},
 		{"Sizes", sizes},
 		{"RandomWrites", randomWrites},
+		{"Map", mapped},
 		{"OpenAfterRemove", openAfterRemove},
 		{"Lock", lock},
 		{"Free", free},
@@ -269,6 +270,36 @@ func randomWrites(t *testing.T, f vfs.FS) {
 		}
 		wantSize(t, file, int64(len(want)))
 	}
+}
+
+// mapped: what is written to the memory is in the file, and stays.
+func mapped(t *testing.T, f vfs.FS) {
+	file := create(t, f, "x")
+	if _, err := file.Map(8192); err == nil {
+		t.Fatal("mapped more than there is")
+	}
+	_, err := file.WriteAt(bytes.Repeat([]byte("a"), 3*4096), 0)
+	must(t, err)
+	m, err := file.Map(2 * 4096)
+	if errors.Is(err, errors.ErrUnsupported) {
+		t.Skip(err) // tests run on file systems that have it; see the tests of each
+	}
+	must(t, err)
+	must(t, m.Write([]byte("bcd"), 4095))
+	if b := m.Bytes(); len(b) != 2*4096 || string(b[4094:4099]) != "abcda" {
+		t.Fatalf("%d bytes, %q", len(b), b[4094:4099])
+	}
+	wantBytes(t, file, 4094, "abcda")
+	must(t, file.Datasync())
+	must(t, m.Write([]byte("e"), 0))
+	must(t, m.Close())
+	must(t, file.Close())
+	again, err := f.Open("x")
+	must(t, err)
+	defer again.Close()
+	wantBytes(t, again, 0, "ea")
+	wantBytes(t, again, 4094, "abcda")
+	wantSize(t, again, 3*4096)
 }
 
 func openAfterRemove(t *testing.T, f vfs.FS) {
