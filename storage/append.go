@@ -72,9 +72,12 @@ func (d *Disk) append(r *torus.Request) bool {
 		again := data[:min(len(data), int(length-r.Off))]
 		same, err := d.holds(s, r.Off, again)
 		switch {
-		case err == vfs.ErrWouldBlock && len(again) == len(data) && !d.flying(s, r.Off+uint32(len(data))):
-			d.offloadRead(r, s)
-			return true
+		case err == vfs.ErrWouldBlock && len(again) == len(data) && !d.owing(s):
+			first := max(r.Off, min(d.aloft(s), r.Off+uint32(len(data))))
+			if same, err = d.holds(s, first, data[first-r.Off:]); err == nil && same { // of what is staged
+				d.offloadRead(r, s)
+				return true
+			}
 		case err == vfs.ErrWouldBlock:
 			// The rest has to be appended right after, so this is not for a helper: a fence that came meanwhile would not see it.
 			same, err = d.holdsSlowly(s, r.Off, again)
@@ -116,10 +119,7 @@ func (d *Disk) append(r *torus.Request) bool {
 	flies := !durable && (len(data) >= d.bulk || found && d.owing(s))
 	var c *flight
 	if !durable && !flies && r.Ref.Type != torus.TypeINode {
-		if c = d.room(s, found, length, len(data)); c != nil && c.fill(data) != nil {
-			d.drop(c)
-			c = nil
-		}
+		c = d.toStage(s, found, r.Ref, length, data)
 		flies = c == nil && found && d.flying(s, length)
 	}
 	switch {
@@ -135,7 +135,7 @@ func (d *Disk) append(r *torus.Request) bool {
 	if err != nil {
 		if !found {
 			if c != nil {
-				d.drop(c)
+				d.giveUp(c)
 			}
 			d.giveBack(s)
 		}
@@ -191,7 +191,7 @@ func (d *Disk) atOnce(f *file, s uint32, n int) bool {
 	x := &d.slots[s]
 	o := &d.opens[x.open]
 	g := &f.sync
-	return n < d.bulk && d.quick() && !d.writer.in(f) && !g.running && len(g.waiting) == 0 && d.loop.Now() != d.lastDurable &&
+	return n < d.bulk && f.apart() && d.quick() && !d.writer.in(f) && !g.running && len(g.waiting) == 0 && d.loop.Now() != d.lastDurable &&
 		o.durable == x.length && o.flights == 0 && x.entry == entryClean
 }
 

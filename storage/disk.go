@@ -96,7 +96,7 @@ type slot struct {
 	length  uint32
 	open    int32  // index in Disk.opens; -1 if none
 	file    uint16 // index in Disk.files
-	pins    uint16 // reads under way on a helper
+	pins    uint16 // reads under way on a helper, and what is in the air
 	state   state
 	durable uint8 // which of the two entries is the last durable one
 	entry   entryState
@@ -146,6 +146,19 @@ type file struct {
 func (d *Disk) place(s uint32) (*file, int64) {
 	f := d.files[d.slots[s].file]
 	return f, f.super.dataOffset() + int64(s-f.base)*int64(d.id.BlockSize)
+}
+
+// apart reports whether no two blocks share a page of the page cache, so that one may be written past it while another is written through it. Where
+// nothing can be written past it, that does not matter.
+func (f *file) apart() bool { return f.d.id.BlockSize%largestPage == 0 || f.f.WriteDescriptor() < 0 }
+
+// through writes past the page cache, where that may be. took is how long it waited for that.
+func (f *file) through(b []byte, off int64) (took time.Duration, err error) {
+	if f.apart() {
+		return f.f.WriteThrough(b, off)
+	}
+	_, err = f.f.WriteAt(b, off)
+	return 0, err
 }
 
 // Kind implements torus.Store.
@@ -518,10 +531,7 @@ func (d *Disk) release() error {
 	for _, f := range d.files {
 		errs = append(errs, f.f.Close())
 	}
-	if g := &d.stage; g.mem != nil {
-		errs = append(errs, g.mem.Close(), g.f.Close())
-	}
-	errs = append(errs, d.unlock())
+	errs = append(errs, d.stage.close(), d.unlock())
 	d.metrics.unregister()
 	return errors.Join(errs...)
 }

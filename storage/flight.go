@@ -4,6 +4,7 @@ import (
 	"errors"
 	"math"
 	"slices"
+	"time"
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/loop"
@@ -18,27 +19,27 @@ const bulkBytes = 256 << 10
 // given before it, and a MiB is enough to keep it busy (docs/performance.md).
 const maxWriting = 4
 
-// flight is an Append that the kernel or a helper writes, as that waits for the disk. For everybody but the one who sent it, it is done when it takes off:
-// the block has its new length, and what is in the air is read from the request's own memory. The reply waits for it, and for those of the
-// same block that took off before, so that the end of the process takes nothing that was acknowledged. An fdatasync covers only what has landed.
+// flight is what a block has and the file does not yet: an Append that the kernel or a helper writes, as that waits for the disk, or a chunk of the stage. For everybody but the one who sent it, it is done when it takes off:
+// the block has its new length, and what is in the air is read from the request's own memory, or the stage. The reply to an Append that flies waits for it, and for what of the
+// same block took off before, so that the end of the process takes nothing that was acknowledged. An fdatasync covers only what has landed, or is carried by it.
 //
 // Small appends fly behind large ones of their block: what goes through the page cache beside a write that goes past it, in the same page of the cache, which may be
 // of 2 MiB, makes that write fail. Blocks share no such page (dataOffset).
 type flight struct {
 	d       *Disk
-	r       *torus.Request
+	r       *torus.Request // nil: a chunk of the stage, which has been answered for
 	f       *file
 	slot    uint32
 	place   int64  // in the file
 	off     uint32 // in the block
-	data    []byte // the part of r.Data that is new; nothing if all of it is on its way already, and only the reply has to wait
+	data    []byte // of the stage, or the part of r.Data that is new; nothing if all of it is on its way already, and only the reply has to wait
 	end     uint32 // of the block, with r.Data
 	filling bool   // a chunk that takes more
 	carried bool   // a chunk that is written with an fdatasync
 	started bool   // the kernel or a helper has it
 	landed  bool
 	err     error // of the helper
-	chunk   int   // where in the stage data is, if r is nil
+	chunk   int   // its number in the stage
 }
 
 var _ loop.FileIO = (*flight)(nil)
@@ -86,14 +87,14 @@ func (d *Disk) tagAlong(r *torus.Request, s uint32) {
 	d.flights = append(d.flights, &flight{d: d, r: r, f: d.files[x.file], slot: s, off: x.length, end: r.Off + uint32(len(r.Data)), started: true, landed: true})
 }
 
-// write is on a helper, but in Close.
-func (fl *flight) write() error {
-	_, err := fl.f.f.WriteThrough(fl.data, fl.place)
-	return err
-}
+// write is on a helper, but in Close and where an fdatasync is made on the loop.
+func (fl *flight) write() (took time.Duration, err error) { return fl.f.through(fl.data, fl.place) }
 
 // FileIO implements loop.FileIO.
 func (fl *flight) FileIO() (fd int, write bool, b []byte, off int64) {
+	if !fl.f.apart() {
+		return -1, true, nil, 0
+	}
 	return fl.f.f.WriteDescriptor(), true, fl.data, fl.place
 }
 
@@ -103,7 +104,7 @@ func (fl *flight) Work() {
 		return // Close has written it
 	}
 	defer fl.d.leave()
-	fl.err = fl.write()
+	_, fl.err = fl.write()
 }
 
 // Done implements loop.Job.
@@ -151,7 +152,9 @@ func (d *Disk) arrive(s uint32) {
 		}
 		switch {
 		case fl.r == nil:
-			d.stage.free = append(d.stage.free, fl.chunk)
+			if fl.f.err == nil { // else it may be all that is left of it, and the next Open tries again
+				d.giveUp(fl)
+			}
 		case fl.f.err != nil:
 			d.refuse(fl.r, fl.f.err)
 		case x.open < 0 || x.state == freeing || fl.end > x.length: // deleted or cut off meanwhile
@@ -225,7 +228,7 @@ func (d *Disk) landAll() error {
 	for _, fl := range slices.Clone(d.flights) {
 		if !fl.landed {
 			fl.filling = false
-			err := fl.write()
+			_, err := fl.write()
 			errs = append(errs, err)
 			fl.land(err)
 		}

@@ -129,8 +129,9 @@ type recovery struct {
 	staged map[key][]staged
 	// unstaged: the stage could not be read.
 	unstaged bool
-	drop     []uint32 // slots whose block is not one: to be freed
-	torn     int      // entries
+	kept     map[key]bool // blocks to which what was staged of them could not be written
+	drop     []uint32     // slots whose block is not one: to be freed
+	torn     int          // entries
 }
 
 // recover reads what a clean end, a killed process or a power cut has left.
@@ -151,10 +152,11 @@ func (d *Disk) recover(size uint64) error {
 	if err != nil {
 		return err
 	}
-	r := &recovery{d: d, window: buf.Get(record.MaxSize)}
+	r := &recovery{d: d, window: buf.Get(record.MaxSize), kept: map[key]bool{}}
 	defer r.window.Release()
 	if r.staged, err = readStage(d.fs); err != nil {
-		d.log.Error("cannot read the stage: open blocks take no more appends, and a recovery is told that others may hold more of them", "err", err)
+		d.log.Error("cannot read the stage: open blocks take no more appends, and a recovery is told that others may hold more of them; "+
+			"if that stays so, stop the peer and remove the file, and what it was given last is missing here", "file", stageFile, "err", err)
 		r.unstaged = true
 	}
 	for _, n := range numbers {
@@ -173,8 +175,13 @@ func (d *Disk) recover(size uint64) error {
 	if err := r.free(); err != nil {
 		return err
 	}
-	if err := d.openStage(r.staged); err != nil {
-		d.log.Warn("small appends go through the page cache, as there is no stage", "err", err)
+	for _, list := range r.staged {
+		for _, p := range list {
+			p.data.Release()
+		}
+	}
+	if err := d.openStage(r); err != nil {
+		d.log.Warn("there is no stage for small appends: they go through the page cache", "file", stageFile, "err", err)
 	}
 	if r.torn > 0 || len(r.drop) > 0 {
 		d.log.Info("recovered from a crash", "torn_entries", r.torn, "slots_freed", len(r.drop))
@@ -190,7 +197,7 @@ func (d *Disk) slotsFiles() ([]uint32, error) {
 	}
 	var numbers []uint32
 	for _, name := range names {
-		if !strings.HasPrefix(name, slotsPrefix) && name != identityFile+newSuffix && name != countFile+newSuffix {
+		if !strings.HasPrefix(name, slotsPrefix) && name != identityFile+newSuffix && name != countFile+newSuffix && name != stageFile+newSuffix {
 			continue
 		}
 		if strings.HasSuffix(name, newSuffix) {
@@ -355,6 +362,9 @@ func (r *recovery) walk(f *file, s uint32) bool {
 		err = r.restore(f, s)
 	}
 	if err != nil {
+		if len(r.staged[x.key]) > 0 {
+			r.kept[x.key] = true
+		}
 		return unread(0, err)
 	}
 	from := uint64(0) // of the window

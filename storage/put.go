@@ -246,13 +246,10 @@ func (p *putting) replace() {
 	d.index.insert(p.slot)
 	p.step = putFree
 	f := d.files[d.slots[s].file]
-	err := f.err
-	if err == nil {
-		if err = d.writeEntry(s); err != nil {
-			d.fail(f, err)
-		}
+	if f.err == nil {
+		_ = d.writeFree(s)
 	}
-	if err != nil {
+	if f.err != nil {
 		p.failed(f.err)
 		return
 	}

@@ -39,7 +39,7 @@ func (d *Disk) read(r *torus.Request) {
 		d.finishRead(r, err)
 		return
 	}
-	err := d.readNow(s, r.Data, r.Off)
+	err := d.readWith(s, r.Data, r.Off, d.files[d.slots[s].file].f.ReadAtCached)
 	if err != nil {
 		if errors.Is(err, vfs.ErrWouldBlock) {
 			d.offloadRead(r, s)
@@ -48,16 +48,6 @@ func (d *Disk) read(r *torus.Request) {
 		err = ioError("read from", r.Ref, err)
 	}
 	d.finishRead(r, err)
-}
-
-// readNow reads inline what is in memory: vfs.ErrWouldBlock if it is not, and a helper can read it.
-func (d *Disk) readNow(s uint32, b []byte, off uint32) error {
-	f := d.files[d.slots[s].file].f
-	err := d.readWith(s, b, off, f.ReadAtCached)
-	if errors.Is(err, vfs.ErrWouldBlock) && d.flying(s, off+uint32(len(b))) { // what is in the air a helper would not find; this is rare
-		err = d.readWith(s, b, off, f.ReadAt)
-	}
-	return err
 }
 
 func (d *Disk) finishRead(r *torus.Request, err error) {
@@ -78,7 +68,9 @@ func (d *Disk) scan(r *torus.Request) {
 		r.Finish(fmt.Errorf("scan of %v: %w", r.Ref, torus.ErrBlockNotExist))
 		return
 	}
-	err := scanRecords(r, d.slots[s].length, d.page, &d.hdr, func(b []byte, off uint32) error { return d.readNow(s, b, off) })
+	err := scanRecords(r, d.slots[s].length, d.page, &d.hdr, func(b []byte, off uint32) error {
+		return d.readWith(s, b, off, d.files[d.slots[s].file].f.ReadAtCached)
+	})
 	if errors.Is(err, vfs.ErrWouldBlock) {
 		d.offloadRead(r, s)
 		return
@@ -129,6 +121,7 @@ type readJob struct {
 	place int64
 	// length is that of the block when the request came.
 	length uint32
+	b      []byte // of Data: what is to be read, or compared; the rest was in the air, and has been
 	same   bool
 	err    error
 	page   []byte
@@ -150,8 +143,11 @@ func (d *Disk) offloadRead(r *torus.Request, s uint32) {
 	}
 	f, place := d.place(s)
 	j.r, j.slot, j.f, j.place, j.length = r, s, f.f, place, x.length
-	if r.Op == torus.OpScan {
-		j.length = min(j.length, d.aloft(s)) // who scans goes on where this ends
+	switch first := d.aloft(s); r.Op {
+	case torus.OpScan:
+		j.length = min(j.length, first) // who scans goes on where this ends
+	case torus.OpRead, torus.OpAppend:
+		j.b = r.Data[:min(uint32(len(r.Data)), first-r.Off)]
 	}
 	d.loop.Offload(j)
 }
@@ -162,7 +158,7 @@ func (j *readJob) FileIO() (fd int, write bool, b []byte, off int64) {
 	if j.r.Op != torus.OpRead || j.d.closed {
 		return -1, false, nil, 0
 	}
-	return j.f.Descriptor(off, len(j.r.Data)), false, j.r.Data, off
+	return j.f.Descriptor(off, len(j.b)), false, j.b, off
 }
 
 // Work implements loop.Job.
@@ -175,7 +171,7 @@ func (j *readJob) Work() {
 	r := j.r
 	switch r.Op {
 	case torus.OpRead:
-		_, j.err = j.f.ReadAt(r.Data, j.place+int64(r.Off))
+		_, j.err = j.f.ReadAt(j.b, j.place+int64(r.Off))
 	case torus.OpScan:
 		if j.page == nil {
 			j.page = make([]byte, torus.PageSize)
@@ -186,9 +182,9 @@ func (j *readJob) Work() {
 		})
 		return
 	case torus.OpAppend:
-		have := buf.Get(len(r.Data))
-		_, j.err = j.f.ReadAt(have.Bytes()[:len(r.Data)], j.place+int64(r.Off))
-		j.same = bytes.Equal(have.Bytes()[:len(r.Data)], r.Data)
+		have := buf.Get(len(j.b))
+		_, j.err = j.f.ReadAt(have.Bytes()[:len(j.b)], j.place+int64(r.Off))
+		j.same = bytes.Equal(have.Bytes()[:len(j.b)], j.b)
 		have.Release()
 	}
 	if j.err != nil {
@@ -203,7 +199,7 @@ func (j *readJob) Work() {
 func (j *readJob) Done() {
 	d, r, err, same := j.d, j.r, j.err, j.same
 	d.unpin(j.slot)
-	j.r, j.f, j.err = nil, nil, nil
+	j.r, j.f, j.b, j.err = nil, nil, nil, nil
 	if len(d.readJobs) < 64 {
 		d.readJobs = append(d.readJobs, j)
 	}

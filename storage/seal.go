@@ -111,8 +111,7 @@ func (d *Disk) delete(r *torus.Request) {
 		return
 	}
 	d.unlist(s)
-	if err := d.writeEntry(s); err != nil {
-		d.fail(f, err)
+	if d.writeFree(s) != nil {
 		d.refuse(r, f.err)
 		return
 	}
@@ -124,12 +123,17 @@ func (d *Disk) unlist(s uint32) {
 	x := &d.slots[s]
 	d.ledger.Change(s)
 	d.index.remove(x.key)
-	if x.open >= 0 {
-		if c := d.opens[x.open].chunk; c != nil {
-			c.detach()
-			c.land(nil) // nobody wants it
-		}
-	}
-	d.dropOpen(s)
 	x.state = freeing
+}
+
+// writeFree writes that, and then what is staged of the block is not wanted any more. If it fails, the disk has.
+func (d *Disk) writeFree(s uint32) error {
+	f := d.files[d.slots[s].file]
+	err := d.writeEntry(s)
+	if err != nil {
+		d.fail(f, err)
+	}
+	d.abandon(s)
+	d.dropOpen(s)
+	return err
 }

@@ -1,30 +1,37 @@
 package storage
 
 import (
+	"encoding/binary"
 	"errors"
+	"io"
 	"io/fs"
 	"slices"
 	"time"
 
 	"github.com/coreos/torus"
+	"github.com/coreos/torus/buf"
 	"github.com/coreos/torus/loop"
 	"github.com/coreos/torus/record"
 	"github.com/coreos/torus/vfs"
 )
 
-// Small appends are copied to a stage and answered. It is a file in memory, which outlives the process as the page cache does, so that an append costs a copy and no
-// system call; from there they are written to their blocks, past the page cache, many at a time: as chunks. A chunk holds bytes of one block that follow each other, and is a flight to everybody else. After a crash Open puts
-// what it finds in the stage where it belongs, before it looks at the blocks.
+// Small appends are copied to a stage and answered. It is a file of a few MiB that is never made durable, so that its pages stay where they are in the page cache: to write to them costs hardly more
+// than the copy, and they outlive the process. From there, which is mapped into memory, appends go to their blocks, past the page cache, many at a time: as chunks.
 //
-// What does not fit, metadata, which is read from the page cache, and everything where files cannot be mapped, goes through the page cache.
+// A chunk holds bytes of one block that follow each other, and is a flight to everybody else. The first page of the stage says what is in the chunks that have not landed (docs/format/block-slot.md). After the end
+// of the process Open writes that to where it belongs, before it looks at the blocks; after a power cut the stage says nothing, as its pages may be of any age.
+//
+// What does not fit goes through the page cache, and so do metadata, which is read from there, and everything where there is no stage.
 type stage struct {
-	f       vfs.File
-	mem     vfs.Mapping // nil: there is none
-	chunk   int         // bytes of one
-	free    []int       // where chunks may begin in mem
-	filling []*flight   // chunks that take more, the oldest first
+	f       vfs.File // nil: there is none
+	mem     []byte   // the file
+	unmap   func() error
+	size    int       // of a chunk
+	free    []int     // chunks
+	filling []*flight // chunks that take more, the oldest first
 	timer   *loop.Timer
 	armed   bool
+	entry   [stageEntrySize]byte // scratch
 }
 
 const (
@@ -33,18 +40,19 @@ const (
 	// stays in the processor's cache (docs/performance.md).
 	stageBulks  = 2
 	stageChunks = 8
-	// stageTime is the longest that a chunk waits for more.
+	// stageTime is the longest that a chunk waits for more, or twice that.
 	stageTime = time.Second
 )
 
-// staged is a record that was found in the stage.
+// staged is what was found in a chunk.
 type staged struct {
-	at   int64  // in the stage
-	off  uint32 // in its block
-	data []byte
+	off   uint32 // in its block
+	data  *buf.Buf
+	n     int
+	whole bool // that is all that should be there
 }
 
-// readStage returns what the last process had staged. What of it had been written to its block long before comes with it.
+// readStage returns what had been staged and had not landed when the last process ended, if memory has not been lost since.
 func readStage(fsys vfs.FS) (map[key][]staged, error) {
 	f, err := fsys.Open(stageFile)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -54,110 +62,169 @@ func readStage(fsys vfs.FS) (map[key][]staged, error) {
 		return nil, err
 	}
 	defer f.Close()
-	size, err := f.Size()
+	page := make([]byte, torus.PageSize)
+	if _, err := f.ReadAt(page, 0); err == io.EOF {
+		return nil, nil
+	} else if err != nil {
+		return nil, readError(err)
+	}
+	boot, err := fsys.Boot()
 	if err != nil {
 		return nil, err
 	}
+	size, ok := decodeStage(page, boot)
+	if !ok {
+		return nil, nil
+	}
 	found := map[key][]staged{}
-	page := make([]byte, torus.PageSize)
 	var h record.Header
-	for at := int64(0); at+torus.PageSize <= size; at += torus.PageSize {
-		if _, err := f.ReadAt(page, at); err != nil {
-			return nil, readError(err)
-		}
-		if h.Decode(page) != nil || !validRef(h.Ref) || at+int64(h.Size()) > size {
+	for i := range stageChunks {
+		ref, off, n := decodeChunk(page, i)
+		if n == 0 || n > size || !validRef(ref) {
 			continue
 		}
-		p := staged{at, h.Offset, make([]byte, h.Size())}
-		if _, err := f.ReadAt(p.data, at); err != nil {
+		p := staged{off: off, data: buf.Get(int(n))}
+		b := p.data.Bytes()[:n]
+		if _, err := f.ReadAt(b, torus.PageSize+int64(i)*int64(size)); err != nil && err != io.EOF {
 			return nil, readError(err)
 		}
-		if _, err := record.Check(h.Ref, h.Offset, p.data, &h); err == nil {
-			found[keyOf(h.Ref)] = append(found[keyOf(h.Ref)], p)
+		for p.n < len(b) {
+			n, err := record.Check(ref, off+uint32(p.n), b[p.n:], &h)
+			if err != nil {
+				break
+			}
+			p.n += n
 		}
+		p.whole = p.n == len(b)
+		found[keyOf(ref)] = append(found[keyOf(ref)], p)
 	}
 	return found, nil
 }
 
+var (
+	errStageDamaged = errors.New("what was staged of it is not whole")
+	errStageKept    = errors.New("it holds what could not be written to where it belongs: the next start tries again")
+)
+
 // restore writes what was staged of a block to its slot.
 func (r *recovery) restore(f *file, s uint32) error {
-	x := &r.d.slots[s]
 	_, place := r.d.place(s)
-	for _, p := range r.staged[x.key] {
-		if uint64(p.off)+uint64(len(p.data)) > r.d.id.BlockSize {
-			continue
+	for _, p := range r.staged[r.d.slots[s].key] {
+		if !p.whole || uint64(p.off)+uint64(p.n) > r.d.id.BlockSize {
+			return errStageDamaged
 		}
-		if _, err := f.f.WriteAt(p.data, place+int64(p.off)); err != nil {
+		if _, err := f.through(p.data.Bytes()[:p.n], place+int64(p.off)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// openStage makes the stage, or takes from it what was found there, which is in its blocks by now, durably: what lies in it from now on is of this process. It is made durable that
-// this is so, lest a power cut bring back what is older.
-func (d *Disk) openStage(found map[key][]staged) error {
+// openStage makes a new stage: what is in the old one is in its blocks by now, durably. It is a new file, as the kernel may still be about to write to a block what it
+// was told to by the last process, from pages of the old one.
+func (d *Disk) openStage(r *recovery) (err error) {
+	if r.unstaged || len(r.kept) > 0 {
+		return errStageKept
+	}
 	g := &d.stage
-	g.chunk = min(stageBulks*d.bulk, int(d.id.BlockSize))
-	size := stageChunks * g.chunk
-	f, err := d.fs.Open(stageFile)
-	if errors.Is(err, fs.ErrNotExist) {
-		f, err = d.fs.Create(stageFile)
-	}
+	g.size = min(stageBulks*d.bulk, int(d.id.BlockSize)) &^ (torus.PageSize - 1)
+	boot, err := d.fs.Boot()
 	if err != nil {
 		return err
 	}
-	mem, err := func() (vfs.Mapping, error) {
-		have, err := f.Size()
+	const name = stageFile + newSuffix
+	f, err := d.fs.Create(name)
+	if err != nil {
+		return err
+	}
+	defer func() {
 		if err != nil {
-			return nil, err
+			f.Close()
+			_ = d.fs.Remove(name)
 		}
-		// Written, not only allocated: then a page that is changed in memory needs no room any more.
-		zeroes := make([]byte, g.chunk)
-		for at := have; at < int64(size); at += int64(g.chunk) {
-			if _, err := f.WriteAt(zeroes[:min(int64(g.chunk), int64(size)-at)], at); err != nil {
-				return nil, err
-			}
-		}
-		for _, list := range found {
-			for _, p := range list {
-				if _, err := f.WriteAt(zeroes[:torus.PageSize], p.at); err != nil {
-					return nil, err
-				}
-			}
-		}
-		if have < int64(size) || len(found) > 0 {
-			if err := f.Datasync(); err != nil {
-				return nil, err
-			}
-		}
-		return f.Map(size)
 	}()
-	if err != nil {
-		f.Close()
+	end := torus.PageSize + stageChunks*g.size
+	zeroes := make([]byte, max(g.size, torus.PageSize))
+	encodeStage(zeroes, boot, g.size)
+	if _, err := f.WriteAt(zeroes[:torus.PageSize], 0); err != nil {
 		return err
 	}
-	g.f, g.mem = f, mem
+	clear(zeroes[:torus.PageSize])
+	for at := torus.PageSize; at < end; at += g.size { // so that there is room for them on the disk
+		if _, err := f.WriteAt(zeroes[:g.size], int64(at)); err != nil {
+			return err
+		}
+	}
+	if err := f.Datasync(); err != nil {
+		return err
+	}
+	mem, unmap, err := f.Map(end)
+	if err != nil {
+		return err
+	}
+	if err := d.fs.Rename(name, stageFile); err != nil {
+		_ = unmap()
+		return err
+	}
+	g.f, g.mem, g.unmap = f, mem, unmap
 	for i := range stageChunks {
-		g.free = append(g.free, (stageChunks-1-i)*g.chunk)
+		g.free = append(g.free, stageChunks-1-i)
 	}
 	return nil
 }
 
-// room is where n bytes may be staged that follow length bytes of slot s: a chunk that has room for them, and is attached to the block if that is known already (found). Nil: nowhere now.
+func (g *stage) close() error {
+	if g.f == nil {
+		return nil
+	}
+	return errors.Join(g.unmap(), g.f.Close())
+}
+
+// chunkPlace is where a chunk begins.
+func (g *stage) chunkPlace(chunk int) int { return torus.PageSize + chunk*g.size }
+
+// say writes the entry of a chunk: that so many bytes of it count, whatever becomes of the process.
+func (g *stage) say(c *flight, ref torus.BlockRef, length int) error {
+	encodeChunk(&g.entry, ref, c.off, uint32(length))
+	_, err := g.f.WriteAt(g.entry[:], int64(stageEntry(c.chunk)))
+	return err
+}
+
+// toStage copies data, which is to follow length bytes of slot s, to a chunk: the one of its block, if that is known already (found) and the chunk has room, or a new one. Nil: it has to go another way.
+func (d *Disk) toStage(s uint32, found bool, ref torus.BlockRef, length uint32, data []byte) *flight {
+	g := &d.stage
+	c := d.room(s, found, length, len(data))
+	if c == nil {
+		return nil
+	}
+	_, err := g.f.WriteAt(data, int64(g.chunkPlace(c.chunk)+len(c.data)))
+	if err == nil {
+		err = g.say(c, ref, len(c.data)+len(data))
+	}
+	if err == nil {
+		return c
+	}
+	if len(c.data) == 0 {
+		d.giveUp(c)
+	} else {
+		d.closeChunk(c)
+	}
+	return nil
+}
+
+// room finds a chunk with room for n bytes.
 func (d *Disk) room(s uint32, found bool, length uint32, n int) *flight {
 	g := &d.stage
+	if g.f == nil || n > g.size {
+		return nil
+	}
 	if found {
-		o := &d.opens[d.slots[s].open]
-		if c := o.chunk; c != nil {
-			if len(c.data)+n <= g.chunk {
+		if c := d.opens[d.slots[s].open].chunk; c != nil {
+			if len(c.data)+n <= g.size {
 				return c
 			}
 			d.closeChunk(c)
 		}
-	}
-	if g.mem == nil {
-		return nil
 	}
 	if len(g.free) == 0 {
 		if len(g.filling) > 0 {
@@ -165,18 +232,20 @@ func (d *Disk) room(s uint32, found bool, length uint32, n int) *flight {
 		}
 		return nil
 	}
-	at := g.free[len(g.free)-1]
+	chunk := g.free[len(g.free)-1]
 	g.free = g.free[:len(g.free)-1]
+	at := g.chunkPlace(chunk)
 	f, place := d.place(s)
-	return &flight{d: d, f: f, slot: s, place: place + int64(length), off: length, data: g.mem.Bytes()[at : at : at+g.chunk], chunk: at, filling: true}
+	return &flight{d: d, f: f, slot: s, place: place + int64(length), off: length, data: g.mem[at : at : at+g.size], chunk: chunk, filling: true}
 }
 
-// fill copies data behind what c holds. Whether that is part of the block is decided after it.
-func (c *flight) fill(data []byte) error {
-	return c.d.stage.mem.Write(data, c.chunk+len(c.data))
+// giveUp ends c, which has no part in its block, or not any more.
+func (d *Disk) giveUp(c *flight) {
+	_ = d.stage.say(c, torus.BlockRef{}, 0) // else Open writes once more what is where it belongs, or nowhere
+	d.stage.free = append(d.stage.free, c.chunk)
 }
 
-// attach makes n bytes more of c, the chunk that room has returned, part of its block.
+// attach makes n bytes more of c part of its block.
 func (c *flight) attach(n int) {
 	d := c.d
 	x := &d.slots[c.slot]
@@ -217,7 +286,7 @@ func (d *Disk) closeChunk(c *flight) {
 	}
 }
 
-// closeChunks is called when the oldest has waited for long enough.
+// closeChunks has all that is staged written to its blocks.
 func (d *Disk) closeChunks() {
 	g := &d.stage
 	g.armed = false
@@ -227,11 +296,28 @@ func (d *Disk) closeChunks() {
 	d.launch()
 }
 
+// abandon ends what is in the air of a block that is deleted, as that is written: what has not begun to be written is not, and the stage has none of it any more.
+func (d *Disk) abandon(s uint32) {
+	i := d.slots[s].open
+	if i < 0 || d.opens[i].flights == 0 {
+		return
+	}
+	if c := d.opens[i].chunk; c != nil {
+		c.detach()
+		c.land(nil)
+	}
+	for _, fl := range d.flights {
+		if fl.slot == s && fl.r == nil && fl.f.err == nil {
+			_ = d.stage.say(fl, torus.BlockRef{}, 0)
+		}
+	}
+}
+
 // carry has what is staged of the block that r wants an fdatasync for written with the one that begins, which is a single step to who makes it.
 func (f *file) carry(r *torus.Request) {
 	d := f.d
 	s, ok := d.index.find(keyOf(r.Ref))
-	if !ok || d.slots[s].open < 0 || d.files[d.slots[s].file] != f {
+	if !ok || d.slots[s].open < 0 || d.files[d.slots[s].file] != f || r.Op != torus.OpSync && r.Op != torus.OpSeal {
 		return
 	}
 	o := &d.opens[d.slots[s].open]
@@ -249,36 +335,72 @@ func (f *file) carry(r *torus.Request) {
 }
 
 // flush makes an fdatasync, with what it carries written before. If that is all there is to be made durable, it is so with the write.
-func (f *file) flush() error {
+func (f *file) flush() (err error) {
 	g := &f.sync
 	if g.alone {
-		took, err := f.f.WriteDurable(g.carried[0].data, g.carried[0].place)
-		g.took = took
+		g.took, err = f.f.WriteDurable(g.carried[0].data, g.carried[0].place)
 		return err
 	}
+	g.took = 0
 	for _, c := range g.carried {
-		if err := c.write(); err != nil {
+		took, err := c.write()
+		if err != nil {
 			return err
 		}
+		g.took += took
 	}
-	err := f.f.Datasync()
-	g.took = f.f.SyncTime()
+	err = f.f.Datasync()
+	g.took += f.f.SyncTime()
 	return err
 }
 
-// carriesAll reports whether nothing but the chunk that it carries is to become durable by the fdatasync that begins.
+// carriesAll reports whether nothing but the chunk that it carries is to become durable by the fdatasync that begins. The bytes of a Put are in no list.
 func (f *file) carriesAll() bool {
 	d, g := f.d, &f.sync
-	if len(g.carried) != 1 || len(g.flying) != 1 || g.flying[0] != g.carried[0].slot {
+	if len(g.carried) != 1 || len(g.flying) != 1 || g.flying[0] != g.carried[0].slot || !f.apart() ||
+		slices.ContainsFunc(g.served, func(r *torus.Request) bool { return r.Op != torus.OpSync }) {
 		return false
 	}
 	x := &d.slots[g.flying[0]]
 	return x.entry == entryClean && x.open >= 0 && d.opens[x.open].durable == g.carried[0].off
 }
 
-// drop gives c back, which has no part in its block.
-func (d *Disk) drop(c *flight) {
-	if len(c.data) == 0 {
-		d.stage.free = append(d.stage.free, c.chunk)
-	}
+// The first page of the stage: a head, and an entry for each chunk. docs/format/block-slot.md draws it.
+const (
+	stageMagic = 0x31474154_53524f54 // "TORSTAG1", little endian
+
+	stageOffBoot    = 8 // of 48 bytes, zeroes behind it
+	stageOffSize    = 56
+	stageOffEntries = 64
+
+	stageEntrySize = 32
+	stageOffOff    = 24 // in an entry, behind the reference
+	stageOffLength = 28
+)
+
+func stageEntry(chunk int) int { return stageOffEntries + chunk*stageEntrySize }
+
+func encodeStage(page []byte, boot string, size int) {
+	binary.LittleEndian.PutUint64(page, stageMagic)
+	copy(page[stageOffBoot:stageOffSize], boot)
+	binary.LittleEndian.PutUint64(page[stageOffSize:], uint64(size))
+}
+
+// decodeStage returns the size of a chunk, if the stage is of this boot.
+func decodeStage(page []byte, boot string) (size uint32, ok bool) {
+	var want [stageOffEntries]byte
+	size = binary.LittleEndian.Uint32(page[stageOffSize:])
+	encodeStage(want[:], boot, int(size))
+	return size, string(page[:stageOffEntries]) == string(want[:])
+}
+
+func encodeChunk(e *[stageEntrySize]byte, ref torus.BlockRef, off, length uint32) {
+	ref.AppendTo(e[:0])
+	binary.LittleEndian.PutUint32(e[stageOffOff:], off)
+	binary.LittleEndian.PutUint32(e[stageOffLength:], length)
+}
+
+func decodeChunk(page []byte, chunk int) (ref torus.BlockRef, off, length uint32) {
+	e := page[stageEntry(chunk):]
+	return torus.BlockRefFromBytes(e[:torus.BlockRefByteSize]), binary.LittleEndian.Uint32(e[stageOffOff:]), binary.LittleEndian.Uint32(e[stageOffLength:])
 }

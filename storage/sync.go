@@ -139,11 +139,16 @@ func (f *file) begin() {
 // quick reports whether the disk is known to sync so fast that the loop can wait for it.
 func (d *Disk) quick() bool { return d.syncTime > 0 && d.syncTime <= inlineTime }
 
-// landed reports whether nothing is in the air any more of what r wants to be durable in f.
+// landed reports whether nothing is in the air any more of what r wants to be durable in f, or gone.
 func (f *file) landed(r *torus.Request) bool {
 	d := f.d
 	s, ok := d.index.find(keyOf(r.Ref))
 	switch {
+	case r.Op == torus.OpDelete: // so that its slot is free when it is answered
+		return !slices.ContainsFunc(d.flights, func(fl *flight) bool {
+			x := &d.slots[fl.slot]
+			return !fl.landed && x.state == freeing && x.key == keyOf(r.Ref)
+		})
 	case !ok || d.files[d.slots[s].file] != f: // deleted meanwhile, and made again elsewhere
 		return true
 	case r.Op == torus.OpSync:

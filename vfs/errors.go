@@ -139,6 +139,8 @@ func (e *errorFS) Free() (free, size uint64, err error) {
 	return e.fs.Free()
 }
 
+func (e *errorFS) Boot() (string, error) { return e.fs.Boot() }
+
 type errorFile struct {
 	File
 	fs   *errorFS
@@ -200,35 +202,19 @@ func (f *errorFile) WriteAt(b []byte, off int64) (int, error) {
 	return f.File.WriteAt(b, off)
 }
 
-func (f *errorFile) WriteThrough(b []byte, off int64) (int, error) {
+func (f *errorFile) WriteThrough(b []byte, off int64) (took time.Duration, err error) {
 	if err := f.fault(OpWrite, off, int64(len(b))); err != nil {
 		return 0, err
 	}
 	return f.File.WriteThrough(b, off)
 }
 
-// Map implements File. A write to the memory is a write to who injects faults.
-func (f *errorFile) Map(n int) (Mapping, error) {
+// Map implements File.
+func (f *errorFile) Map(n int) (mem []byte, unmap func() error, err error) {
 	if err := f.fault(OpMap, 0, int64(n)); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	m, err := f.File.Map(n)
-	if err != nil {
-		return nil, err
-	}
-	return &errorMapping{m, f}, nil
-}
-
-type errorMapping struct {
-	Mapping
-	f *errorFile
-}
-
-func (m *errorMapping) Write(b []byte, off int) error {
-	if err := m.f.fault(OpWrite, int64(off), int64(len(b))); err != nil {
-		return err
-	}
-	return m.Mapping.Write(b, off)
+	return f.File.Map(n)
 }
 
 // WriteDurable is a write and an fdatasync to who injects faults, and to who cuts the power between the two.

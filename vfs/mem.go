@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -32,6 +33,7 @@ type Mem struct {
 	locks      map[string]uint64   // name → number of the lock
 	lockSeq    uint64
 	life       uint64 // counts Kill; files of an earlier life are closed
+	boot       uint64
 	used       int64
 	capacity   int64
 	coldReads  float64
@@ -48,6 +50,7 @@ type memNode struct {
 	durable image
 	pending []fileOp // since the last Datasync, in order
 	links   int      // names and open files
+	mapped  []byte   // what the last Map returned
 	failed  uint64   // counts Datasyncs that failed; each open file reports each once
 }
 
@@ -269,6 +272,7 @@ func (l *listed) write(op fileOp) int {
 func (m *Mem) crashClone(d fates) *Mem {
 	rng := d.rand()
 	c := NewMem(rng.Uint64())
+	c.boot = m.boot + 1
 	c.capacity, c.coldReads, c.slowSyncs, c.slowSyncIs, c.byteTears = m.capacity, m.coldReads, m.slowSyncs, m.slowSyncIs, m.byteTears
 
 	tree := maps.Clone(m.durable)
@@ -717,6 +721,13 @@ func (m *Mem) Free() (free, size uint64, err error) {
 	return uint64(max(m.capacity-m.used, 0)), uint64(m.capacity), nil
 }
 
+// Boot implements FS. Every clone has been booted anew.
+func (m *Mem) Boot() (string, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return strconv.FormatUint(m.boot, 16), nil
+}
+
 // String draws the tree with the sizes of the files, for failed tests.
 func (m *Mem) String() string {
 	m.mu.Lock()
@@ -842,6 +853,14 @@ func (f *memFile) WriteAt(b []byte, off int64) (int, error) {
 	}
 	f.n.seen.write(off, op.n, op.data, f.n.durable.pages)
 	f.n.pending = append(f.n.pending, op)
+	if f.n.mapped != nil {
+		if off < int64(len(f.n.mapped)) {
+			copy(f.n.mapped[off:], b)
+		}
+		if len(f.n.pending) >= maxMapped {
+			f.n.sync()
+		}
+	}
 	return len(b), nil
 }
 
@@ -861,51 +880,32 @@ func allZero(b []byte) bool {
 }
 
 // Map implements File.
-func (f *memFile) Map(n int) (Mapping, error) {
+func (f *memFile) Map(n int) (mem []byte, unmap func() error, err error) {
 	if err := f.enter("mmap"); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer f.m.mu.Unlock()
 	if f.n.seen.size < int64(n) {
-		return nil, pathError("mmap", f.name, fs.ErrInvalid)
+		return nil, nil, pathError("mmap", f.name, fs.ErrInvalid)
 	}
-	m := &memMapping{f, make([]byte, n)}
+	mem = make([]byte, n)
 	for no, p := range f.n.seen.pages {
 		if at := no * memPageSize; at < int64(n) {
-			copy(m.b[at:], p[:])
+			copy(mem[at:], p[:])
 		}
 	}
-	return m, nil
+	f.n.mapped = mem
+	return mem, func() error { return nil }, nil
 }
 
-type memMapping struct {
-	f *memFile
-	b []byte
-}
-
-// maxMapped is after how many writes the kernel writes a mapping out, though nobody asked for it.
+// maxMapped is after how many writes the kernel writes a file that is mapped out, though nobody asked for it.
 const maxMapped = 64
 
-func (m *memMapping) Bytes() []byte { return m.b }
-
-// Write implements Mapping.
-func (m *memMapping) Write(b []byte, off int) error {
-	copy(m.b[off:off+len(b)], b)
-	if _, err := m.f.WriteAt(b, int64(off)); err != nil {
-		return err
-	}
-	m.f.m.mu.Lock()
-	defer m.f.m.mu.Unlock()
-	if len(m.f.n.pending) >= maxMapped {
-		m.f.n.sync()
-	}
-	return nil
-}
-
-func (m *memMapping) Close() error { return nil }
-
 // WriteThrough implements File.
-func (f *memFile) WriteThrough(b []byte, off int64) (int, error) { return f.WriteAt(b, off) }
+func (f *memFile) WriteThrough(b []byte, off int64) (took time.Duration, err error) {
+	_, err = f.WriteAt(b, off)
+	return 20 * time.Microsecond, err
+}
 
 // WriteDurable implements File.
 func (f *memFile) WriteDurable(b []byte, off int64) (took time.Duration, err error) {

@@ -9,7 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"runtime/debug"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -132,6 +132,12 @@ func (o osFS) Free() (free, size uint64, err error) {
 		return 0, 0, &fs.PathError{Op: "statfs", Path: o.dir, Err: err}
 	}
 	return s.Bavail * uint64(s.Bsize), s.Blocks * uint64(s.Bsize), nil
+}
+
+// Boot implements FS: random(4).
+func (o osFS) Boot() (string, error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b)), err
 }
 
 type osFile struct {
@@ -277,14 +283,16 @@ func (f *osFile) WriteAt(b []byte, off int64) (int, error) {
 }
 
 // WriteThrough implements File. What the page cache has of the range is written out and dropped by the kernel.
-func (f *osFile) WriteThrough(b []byte, off int64) (int, error) {
+func (f *osFile) WriteThrough(b []byte, off int64) (took time.Duration, err error) {
+	begin := time.Now()
 	if d := f.direct(); d != nil && isAligned(b, off) {
-		if n, err := d.WriteAt(b, off); err == nil {
-			return n, nil
+		if _, err := d.WriteAt(b, off); err == nil {
+			return time.Since(begin), nil
 		}
 		// Else let the ordinary way say what is wrong.
 	}
-	return f.WriteAt(b, off)
+	_, err = f.WriteAt(b, off)
+	return time.Since(begin), err
 }
 
 // WriteDurable implements File: pwritev2(2) with RWF_DSYNC, where the kernel and the file system have it and O_DIRECT.
@@ -341,54 +349,18 @@ func (f *osFile) Size() (int64, error) {
 	return st.Size(), nil
 }
 
-// Map implements File: mmap(2). A file system that copies what is written may find no room for a page when the kernel writes that out, or first marks it as changed; so only those
-// that write in place, what has been written before.
-func (f *osFile) Map(n int) (Mapping, error) {
-	var st unix.Statfs_t
-	if err := unix.Fstatfs(f.fd, &st); err != nil {
-		return nil, f.wrap("statfs", err)
-	}
-	switch st.Type {
-	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.TMPFS_MAGIC:
-	default:
-		return nil, fmt.Errorf("mmap on a file system of type %#x: %w", st.Type, errors.ErrUnsupported)
-	}
+// Map implements File: mmap(2).
+func (f *osFile) Map(n int) (mem []byte, unmap func() error, err error) {
 	if size, err := f.Size(); err != nil || size < int64(n) {
-		return nil, cmp.Or(err, f.wrap("mmap", unix.EINVAL))
+		return nil, nil, cmp.Or(err, f.wrap("mmap", unix.EINVAL))
 	}
-	b, err := unix.Mmap(f.fd, 0, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
+	b, err := unix.Mmap(f.fd, 0, n, unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)
 	if err != nil {
-		return nil, f.wrap("mmap", err)
+		return nil, nil, f.wrap("mmap", err)
 	}
 	_ = unix.Mlock(b) // else the kernel may take a page back, and has to read it again
-	return &osMapping{b, f.f.Name()}, nil
+	return b, func() error { return unix.Munmap(b) }, nil
 }
-
-type osMapping struct {
-	b    []byte
-	name string
-}
-
-func (m *osMapping) Bytes() []byte { return m.b }
-
-// Write implements Mapping. A page that the kernel cannot provide is a SIGBUS, which is an error here and not the end of the process.
-func (m *osMapping) Write(b []byte, off int) (err error) {
-	dst := m.b[off : off+len(b)]
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		switch e := recover().(type) {
-		case nil:
-		case interface{ Addr() uintptr }:
-			err = &fs.PathError{Op: "write", Path: m.name, Err: unix.EIO}
-		default:
-			panic(e)
-		}
-	}()
-	copy(dst, b)
-	return nil
-}
-
-func (m *osMapping) Close() error { return unix.Munmap(m.b) }
 
 func (f *osFile) Close() error {
 	f.directOnce.Do(func() {}) // who has not needed it so far gets none any more

@@ -36,6 +36,8 @@ type FS interface {
 	Lock(name string) (unlock func() error, err error)
 	// Free returns the bytes that can still be written, and the size of the file system.
 	Free() (free, size uint64, err error)
+	// Boot names the time since memory was last lost: while it is the same, files are what processes have written to them, durable or not.
+	Boot() (string, error)
 }
 
 // Reader is an open file, as far as it can be read. Methods may be called concurrently, except that Close ends all use of it.
@@ -59,10 +61,10 @@ type File interface {
 	WriteAt(b []byte, off int64) (int, error)
 	// WriteThrough is WriteAt past the page cache, if that can be, for what is page-aligned, in memory as in the file, so that it waits for
 	// the medium. It is no more durable than WriteAt. While it runs nothing else may be written to the same 2 MiB of the file, as large as the kernel's pages
-	// get: it would find the rest of one changed when it is done, and call that an I/O error.
-	WriteThrough(b []byte, off int64) (int, error)
+	// get: it would find the rest of one changed when it is done, and call that an I/O error. took is how long it waited for the medium.
+	WriteThrough(b []byte, off int64) (took time.Duration, err error)
 	// WriteDurable is WriteThrough, and what it has written is durable on return; nothing else need be that was not before. Whatever the error, it is as bad as one of
-	// Datasync. took is how long it waited for the medium.
+	// Datasync.
 	WriteDurable(b []byte, off int64) (took time.Duration, err error)
 	// Datasync makes everything written so far durable. After it has failed once, nothing may be assumed about any
 	// byte written since the last success, whatever later calls say.
@@ -79,17 +81,6 @@ type File interface {
 	// WriteDescriptor is an open descriptor to which pwrite(2) does what WriteThrough does; below 0 if there is none. It is closed with the file.
 	WriteDescriptor() int
 	Size() (int64, error)
-	// Map maps the first n bytes into memory; the file has as many. errors.ErrUnsupported where that cannot be, or where writing to them might need room that is not there.
-	Map(n int) (Mapping, error)
-}
-
-// Mapping is a part of a file in memory. What is written to it is in the file, and survives the end of the process, at the cost of a copy. It is durable after a Datasync of the
-// file, and some of it before.
-type Mapping interface {
-	// Bytes is the memory. It is only read, and page-aligned.
-	Bytes() []byte
-	// Write copies b to off. An error leaves anything in the range.
-	Write(b []byte, off int) error
-	// Close ends all use of the memory.
-	Close() error
+	// Map returns the first n bytes of the file, which has as many, as memory, page-aligned and only to be read. It is the file, also when that is written to later, until unmap ends all use of it.
+	Map(n int) (mem []byte, unmap func() error, err error)
 }

@@ -91,20 +91,43 @@ var mutants = []Mutant{
 	},
 	{
 		Name: "stage-forgotten", Rule: "what was staged and acknowledged is not looked for after the end of the process", File: "storage/stage.go",
-		Edits:   []Edit{{"	for _, p := range r.staged[x.key] {", "	for _, p := range r.staged[x.key][:0] {"}},
+		Edits:   []Edit{{"	for _, p := range r.staged[r.d.slots[s].key] {", "	for _, p := range r.staged[r.d.slots[s].key][:0] {"}},
 		Package: "./storage", Test: "^TestCrash",
 	},
 	{
 		Name: "stage-reused-early", Rule: "a chunk of the stage is used again while it is being written", File: "storage/flight.go",
 		Edits: []Edit{
-			{"		fl.started = true\n", "		fl.started = true\n		if fl.r == nil {\n			d.stage.free = append(d.stage.free, fl.chunk)\n		}\n"},
-			{"			d.stage.free = append(d.stage.free, fl.chunk)\n		case", "			if fl.carried {\n				d.stage.free = append(d.stage.free, fl.chunk)\n			}\n		case"},
+			{"		fl.started = true\n", "		fl.started = true\n		if fl.r == nil {\n			d.giveUp(fl)\n		}\n"},
+			{"			if fl.f.err == nil { // else", "			if fl.f.err == nil && fl.carried { // else"},
 		},
 		Package: "./storage", Test: "^Test(Crash|Stage)",
 	},
 	{
 		Name: "stage-unread-whole", Rule: "blocks count as whole although the stage could not be read", File: "storage/open.go",
 		Edits:   []Edit{{"		r.unstaged = true\n", "		_ = r.unstaged\n"}},
+		Package: "./storage", Test: "^TestStage",
+	},
+	{
+		Name: "stage-of-any-boot", Rule: "what a power cut has left of the stage counts", File: "storage/stage.go",
+		Edits:   []Edit{{"	return size, string(page[:stageOffEntries]) == string(want[:])", "	return size, size > 0"}},
+		Package: "./storage", Test: "^TestStage",
+	},
+	{
+		Name: "stage-forgets-first", Rule: "the stage forgets a block before its deletion is written", File: "storage/seal.go",
+		Edits:   []Edit{{"	err := d.writeEntry(s)\n	if err != nil {\n		d.fail(f, err)\n	}\n	d.abandon(s)\n", "	d.abandon(s)\n	err := d.writeEntry(s)\n	if err != nil {\n		d.fail(f, err)\n	}\n"}},
+		Package: "./storage", Test: "^TestStage",
+	},
+	{
+		Name: "stage-emptied", Rule: "a new stage takes the place of one that holds what could not be restored", File: "storage/stage.go",
+		Edits:   []Edit{{"	if r.unstaged || len(r.kept) > 0 {", "	if d.closed {"}},
+		Package: "./storage", Test: "^TestStage",
+	},
+	{
+		Name: "carried-for-a-put", Rule: "a chunk written durably counts for the bytes of a Put", File: "storage/stage.go",
+		Edits: []Edit{
+			{" ||\n		slices.ContainsFunc(g.served, func(r *torus.Request) bool { return r.Op != torus.OpSync }) {", " {"},
+			{" || r.Op != torus.OpSync && r.Op != torus.OpSeal {", " {"},
+		},
 		Package: "./storage", Test: "^TestStage",
 	},
 	{
@@ -121,7 +144,7 @@ var mutants = []Mutant{
 	{
 		Name: "carried-for-all", Rule: "a chunk written durably counts for other blocks of the file", File: "storage/stage.go",
 		Edits:   []Edit{{"len(g.carried) != 1 || len(g.flying) != 1 ||", "len(g.carried) != 1 ||"}},
-		Package: "./storage", Test: "^TestCrash",
+		Package: "./storage", Test: "^TestStage",
 	},
 	{
 		Name: "crc-unchecked", Rule: "a read's checksums are not checked", File: "file/read.go",
