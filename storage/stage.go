@@ -15,20 +15,19 @@ import (
 	"github.com/coreos/torus/vfs"
 )
 
-// Small appends are copied to a stage and answered. It is a file of a few MiB that is never made durable, so that its pages stay where they are in the page cache: to write to them costs hardly more
-// than the copy, and they outlive the process. From there, which is mapped into memory, appends go to their blocks, past the page cache, many at a time: as chunks.
+// Small appends are copied to a stage and answered. It is a file of a few MiB, mapped into memory and never made durable: its pages outlive the process as all of the page cache does, and to write to them costs a copy and no
+// system call. From there appends go to their blocks, past the page cache, many at a time: as chunks.
 //
 // A chunk holds bytes of one block that follow each other, and is a flight to everybody else. The first page of the stage says what is in the chunks that have not landed (docs/format/block-slot.md). After the end
 // of the process Open writes that to where it belongs, before it looks at the blocks; after a power cut the stage says nothing, as its pages may be of any age.
 //
 // What does not fit goes through the page cache, and so do metadata, which is read from there, and everything where there is no stage.
 type stage struct {
-	f       vfs.File // nil: there is none
-	mem     []byte   // the file
-	unmap   func() error
-	size    int       // of a chunk
-	free    []int     // chunks
-	filling []*flight // chunks that take more, the oldest first
+	f       vfs.File
+	mem     vfs.Mapping // nil: there is none
+	size    int         // of a chunk
+	free    []int       // chunks
+	filling []*flight   // chunks that take more, the oldest first
 	timer   *loop.Timer
 	armed   bool
 	entry   [stageEntrySize]byte // scratch
@@ -150,7 +149,7 @@ func (d *Disk) openStage(r *recovery) (err error) {
 		return err
 	}
 	clear(zeroes[:torus.PageSize])
-	for at := torus.PageSize; at < end; at += g.size { // so that there is room for them on the disk
+	for at := torus.PageSize; at < end; at += g.size { // not only allocated: then a page that changes needs no room any more
 		if _, err := f.WriteAt(zeroes[:g.size], int64(at)); err != nil {
 			return err
 		}
@@ -158,15 +157,15 @@ func (d *Disk) openStage(r *recovery) (err error) {
 	if err := f.Datasync(); err != nil {
 		return err
 	}
-	mem, unmap, err := f.Map(end)
+	mem, err := f.Map(end)
 	if err != nil {
 		return err
 	}
 	if err := d.fs.Rename(name, stageFile); err != nil {
-		_ = unmap()
+		_ = mem.Close()
 		return err
 	}
-	g.f, g.mem, g.unmap = f, mem, unmap
+	g.f, g.mem = f, mem
 	for i := range stageChunks {
 		g.free = append(g.free, stageChunks-1-i)
 	}
@@ -174,10 +173,10 @@ func (d *Disk) openStage(r *recovery) (err error) {
 }
 
 func (g *stage) close() error {
-	if g.f == nil {
+	if g.mem == nil {
 		return nil
 	}
-	return errors.Join(g.unmap(), g.f.Close())
+	return errors.Join(g.mem.Close(), g.f.Close())
 }
 
 // chunkPlace is where a chunk begins.
@@ -186,8 +185,7 @@ func (g *stage) chunkPlace(chunk int) int { return torus.PageSize + chunk*g.size
 // say writes the entry of a chunk: that so many bytes of it count, whatever becomes of the process.
 func (g *stage) say(c *flight, ref torus.BlockRef, length int) error {
 	encodeChunk(&g.entry, ref, c.off, uint32(length))
-	_, err := g.f.WriteAt(g.entry[:], int64(stageEntry(c.chunk)))
-	return err
+	return g.mem.Write(g.entry[:], stageEntry(c.chunk))
 }
 
 // toStage copies data, which is to follow length bytes of slot s, to a chunk: the one of its block, if that is known already (found) and the chunk has room, or a new one. Nil: it has to go another way.
@@ -197,7 +195,7 @@ func (d *Disk) toStage(s uint32, found bool, ref torus.BlockRef, length uint32, 
 	if c == nil {
 		return nil
 	}
-	_, err := g.f.WriteAt(data, int64(g.chunkPlace(c.chunk)+len(c.data)))
+	err := g.mem.Write(data, g.chunkPlace(c.chunk)+len(c.data))
 	if err == nil {
 		err = g.say(c, ref, len(c.data)+len(data))
 	}
@@ -215,7 +213,7 @@ func (d *Disk) toStage(s uint32, found bool, ref torus.BlockRef, length uint32, 
 // room finds a chunk with room for n bytes.
 func (d *Disk) room(s uint32, found bool, length uint32, n int) *flight {
 	g := &d.stage
-	if g.f == nil || n > g.size {
+	if g.mem == nil || n > g.size {
 		return nil
 	}
 	if found {
@@ -236,7 +234,12 @@ func (d *Disk) room(s uint32, found bool, length uint32, n int) *flight {
 	g.free = g.free[:len(g.free)-1]
 	at := g.chunkPlace(chunk)
 	f, place := d.place(s)
-	return &flight{d: d, f: f, slot: s, place: place + int64(length), off: length, data: g.mem[at : at : at+g.size], chunk: chunk, filling: true}
+	c := &flight{d: d, f: f, slot: s, place: place + int64(length), off: length, data: g.mem.Bytes()[at : at : at+g.size], chunk: chunk, filling: true}
+	if g.mem.Prepare(at, g.size) != nil {
+		d.giveUp(c)
+		return nil
+	}
+	return c
 }
 
 // giveUp ends c, which has no part in its block, or not any more.

@@ -209,12 +209,28 @@ func (f *errorFile) WriteThrough(b []byte, off int64) (took time.Duration, err e
 	return f.File.WriteThrough(b, off)
 }
 
-// Map implements File.
-func (f *errorFile) Map(n int) (mem []byte, unmap func() error, err error) {
+// Map implements File. A write to the memory is a write to who injects faults.
+func (f *errorFile) Map(n int) (Mapping, error) {
 	if err := f.fault(OpMap, 0, int64(n)); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	return f.File.Map(n)
+	m, err := f.File.Map(n)
+	if err != nil {
+		return nil, err
+	}
+	return &errorMapping{m, f}, nil
+}
+
+type errorMapping struct {
+	Mapping
+	f *errorFile
+}
+
+func (m *errorMapping) Write(b []byte, off int) error {
+	if err := m.f.fault(OpWrite, int64(off), int64(len(b))); err != nil {
+		return err
+	}
+	return m.Mapping.Write(b, off)
 }
 
 // WriteDurable is a write and an fdatasync to who injects faults, and to who cuts the power between the two.

@@ -50,7 +50,6 @@ type memNode struct {
 	durable image
 	pending []fileOp // since the last Datasync, in order
 	links   int      // names and open files
-	mapped  []byte   // what the last Map returned
 	failed  uint64   // counts Datasyncs that failed; each open file reports each once
 }
 
@@ -853,14 +852,6 @@ func (f *memFile) WriteAt(b []byte, off int64) (int, error) {
 	}
 	f.n.seen.write(off, op.n, op.data, f.n.durable.pages)
 	f.n.pending = append(f.n.pending, op)
-	if f.n.mapped != nil {
-		if off < int64(len(f.n.mapped)) {
-			copy(f.n.mapped[off:], b)
-		}
-		if len(f.n.pending) >= maxMapped {
-			f.n.sync()
-		}
-	}
 	return len(b), nil
 }
 
@@ -880,22 +871,44 @@ func allZero(b []byte) bool {
 }
 
 // Map implements File.
-func (f *memFile) Map(n int) (mem []byte, unmap func() error, err error) {
+func (f *memFile) Map(n int) (Mapping, error) {
 	if err := f.enter("mmap"); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	defer f.m.mu.Unlock()
 	if f.n.seen.size < int64(n) {
-		return nil, nil, pathError("mmap", f.name, fs.ErrInvalid)
+		return nil, pathError("mmap", f.name, fs.ErrInvalid)
 	}
-	mem = make([]byte, n)
+	m := &memMapping{f, make([]byte, n)}
 	for no, p := range f.n.seen.pages {
 		if at := no * memPageSize; at < int64(n) {
-			copy(mem[at:], p[:])
+			copy(m.b[at:], p[:])
 		}
 	}
-	f.n.mapped = mem
-	return mem, func() error { return nil }, nil
+	return m, nil
+}
+
+type memMapping struct {
+	f *memFile
+	b []byte
+}
+
+func (m *memMapping) Bytes() []byte          { return m.b }
+func (m *memMapping) Prepare(_, _ int) error { return nil }
+func (m *memMapping) Close() error           { return nil }
+
+// Write implements Mapping.
+func (m *memMapping) Write(b []byte, off int) error {
+	copy(m.b[off:off+len(b)], b)
+	if _, err := m.f.WriteAt(b, int64(off)); err != nil {
+		return err
+	}
+	m.f.m.mu.Lock()
+	defer m.f.m.mu.Unlock()
+	if len(m.f.n.pending) >= maxMapped {
+		m.f.n.sync()
+	}
+	return nil
 }
 
 // maxMapped is after how many writes the kernel writes a file that is mapped out, though nobody asked for it.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -350,17 +351,54 @@ func (f *osFile) Size() (int64, error) {
 }
 
 // Map implements File: mmap(2).
-func (f *osFile) Map(n int) (mem []byte, unmap func() error, err error) {
+func (f *osFile) Map(n int) (Mapping, error) {
 	if size, err := f.Size(); err != nil || size < int64(n) {
-		return nil, nil, cmp.Or(err, f.wrap("mmap", unix.EINVAL))
+		return nil, cmp.Or(err, f.wrap("mmap", unix.EINVAL))
 	}
-	b, err := unix.Mmap(f.fd, 0, n, unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)
+	b, err := unix.Mmap(f.fd, 0, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
 	if err != nil {
-		return nil, nil, f.wrap("mmap", err)
+		return nil, f.wrap("mmap", err)
 	}
 	_ = unix.Mlock(b) // else the kernel may take a page back, and has to read it again
-	return b, func() error { return unix.Munmap(b) }, nil
+	return &osMapping{b, f}, nil
 }
+
+type osMapping struct {
+	b []byte
+	f *osFile
+}
+
+func (m *osMapping) Bytes() []byte { return m.b }
+
+// Prepare implements Mapping: madvise(2). The same happens when a page that is clean is first stored to, but then the scheduler of Go does not know of it, and whoever
+// wants to stop the world, as the garbage collector does, waits as well.
+func (m *osMapping) Prepare(off, n int) error {
+	from := off &^ (os.Getpagesize() - 1)
+	err := unix.Madvise(m.b[from:off+n], unix.MADV_POPULATE_WRITE)
+	if err == unix.EINVAL || err == unix.ENOSYS || err == unix.EINTR { // before Linux 5.14
+		err = nil
+	}
+	return m.f.wrap("madvise", err)
+}
+
+// Write implements Mapping. A page that the kernel cannot provide is a SIGBUS, which is an error here and not the end of the process.
+func (m *osMapping) Write(b []byte, off int) (err error) {
+	dst := m.b[off : off+len(b)]
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		switch e := recover().(type) {
+		case nil:
+		case interface{ Addr() uintptr }:
+			err = m.f.wrap("write", unix.EIO)
+		default:
+			panic(e)
+		}
+	}()
+	copy(dst, b)
+	return nil
+}
+
+func (m *osMapping) Close() error { return unix.Munmap(m.b) }
 
 func (f *osFile) Close() error {
 	f.directOnce.Do(func() {}) // who has not needed it so far gets none any more

@@ -81,6 +81,20 @@ type File interface {
 	// WriteDescriptor is an open descriptor to which pwrite(2) does what WriteThrough does; below 0 if there is none. It is closed with the file.
 	WriteDescriptor() int
 	Size() (int64, error)
-	// Map returns the first n bytes of the file, which has as many, as memory, page-aligned and only to be read. It is the file, also when that is written to later, until unmap ends all use of it.
-	Map(n int) (mem []byte, unmap func() error, err error)
+	// Map maps the first n bytes, as many as the file has at least, into memory.
+	Map(n int) (Mapping, error)
+}
+
+// Mapping is a part of a file in memory. What is written to it is in the file, and outlives the process, for the cost of a copy. It is durable after a Datasync of the file, and some of it
+// may be before.
+type Mapping interface {
+	// Bytes is the memory, page-aligned. It is only to be read.
+	Bytes() []byte
+	// Prepare waits for what writing to n bytes at off might have to wait for: room on the disk for the pages that change, and the journal. After that Write
+	// hardly ever does, unless the system has written those pages out meanwhile.
+	Prepare(off, n int) error
+	// Write copies b to off. An error leaves anything in the range.
+	Write(b []byte, off int) error
+	// Close ends all use of the memory.
+	Close() error
 }

@@ -22,6 +22,26 @@ func TestOS(t *testing.T) {
 	vfstest.Run(t, func(t *testing.T) vfs.FS { return vfs.NewOS(t.TempDir()) })
 }
 
+// Memory that the file system cannot provide any more is an error, not the end of the process.
+func TestOSMapFault(t *testing.T) {
+	f := create(t, vfs.NewOS(t.TempDir()), "x")
+	defer f.Close()
+	write(t, f, 0, make([]byte, 8192))
+	m, err := f.Map(8192)
+	must(t, err)
+	defer m.Close()
+	must(t, m.Write([]byte("a"), 5000))
+	must(t, f.Truncate(4096))
+	if err := m.Write([]byte("a"), 5000); !errors.Is(err, syscall.EIO) {
+		t.Fatalf("error %v, want %v", err, syscall.EIO)
+	}
+	if err := m.Prepare(0, 8192); err == nil {
+		t.Fatal("prepared what is not there")
+	}
+	must(t, m.Prepare(0, 4096))
+	must(t, m.Write([]byte("a"), 0))
+}
+
 func TestMem(t *testing.T) {
 	vfstest.Run(t, func(*testing.T) vfs.FS { return vfs.NewMem(1) })
 }

@@ -272,24 +272,32 @@ func randomWrites(t *testing.T, f vfs.FS) {
 	}
 }
 
-// mapped: the memory is the file.
+// mapped: what is written to the memory is in the file, and stays.
 func mapped(t *testing.T, f vfs.FS) {
 	file := create(t, f, "x")
-	if _, _, err := file.Map(8192); err == nil {
+	if _, err := file.Map(8192); err == nil {
 		t.Fatal("mapped more than there is")
 	}
 	_, err := file.WriteAt(bytes.Repeat([]byte("a"), 3*4096), 0)
 	must(t, err)
-	mem, unmap, err := file.Map(2 * 4096)
+	m, err := file.Map(2 * 4096)
 	must(t, err)
-	_, err = file.WriteAt([]byte("bcd"), 4095)
-	must(t, err)
-	_, err = file.WriteAt([]byte("xyz"), 2*4096-1)
-	must(t, err)
-	if len(mem) != 2*4096 || string(mem[4094:4099]) != "abcda" || string(mem[2*4096-2:]) != "ax" {
-		t.Fatalf("%d bytes, %q, %q", len(mem), mem[4094:4099], mem[2*4096-2:])
+	must(t, m.Prepare(4000, 4192))
+	must(t, m.Write([]byte("bcd"), 4095))
+	if b := m.Bytes(); len(b) != 2*4096 || string(b[4094:4099]) != "abcda" {
+		t.Fatalf("%d bytes, %q", len(b), b[4094:4099])
 	}
-	must(t, unmap())
+	wantBytes(t, file, 4094, "abcda")
+	must(t, file.Datasync())
+	must(t, m.Write([]byte("e"), 0))
+	must(t, m.Close())
+	must(t, file.Close())
+	again, err := f.Open("x")
+	must(t, err)
+	defer again.Close()
+	wantBytes(t, again, 0, "ea")
+	wantBytes(t, again, 4094, "abcda")
+	wantSize(t, again, 3*4096)
 }
 
 func openAfterRemove(t *testing.T, f vfs.FS) {
