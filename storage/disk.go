@@ -29,7 +29,7 @@ type Config struct {
 
 	// SlotsPerFile is how many blocks share a file, DefaultSlotsPerFile if 0. It may change from one Open to the next.
 	SlotsPerFile int
-	// BulkBytes: an append of so many bytes is written past the page cache, 256 KiB if 0.
+	// BulkBytes: an append of so many bytes is written from where it is, 256 KiB if 0. Smaller ones are staged.
 	BulkBytes int
 	// ReserveBytes is what the store leaves free of the file system. 0: 1/64 of it, 1 GiB at most.
 	ReserveBytes uint64
@@ -79,7 +79,7 @@ type Disk struct {
 	grow      grower
 	writer    prewriter
 	puts      map[key]*putting // under way
-	bulk      int              // bytes of an append that goes past the page cache
+	bulk      int              // bytes of an append that is not staged
 	stage     stage
 	flights   []*flight // in the order in which they took off
 	writing   int       // bytes of them that the disk has been given
@@ -431,7 +431,7 @@ func ioError(op string, ref torus.BlockRef, err error) error {
 	return fmt.Errorf("%s %v: %w (%w)", op, ref, torus.ErrIO, err)
 }
 
-// fail is the end of a file after a write or fdatasync failed: whatever was not durable in it is lost.
+// fail is the end of a file after a write or fdatasync failed: whatever was not durable in it is lost, but for what the next Open finds in the stage.
 func (d *Disk) fail(f *file, cause error) {
 	if f.err != nil {
 		return

@@ -1,9 +1,9 @@
 // Package storage keeps blocks: on a disk (Open) or in memory (NewMemory). Both are a torus.Store, driven by one loop.
 //
 // A disk store is a directory of preallocated files of slots, one block a slot (docs/format/block-slot.md draws them). The
-// life of an append: append.go verifies its records and writes them to the page cache; sync.go makes them durable, many
-// requests with one fdatasync; open.go finds them again after a crash by walking the records of every block that was
-// not sealed. grow.go makes files and writes them through in the background, ahead of need.
+// life of an append: append.go verifies its records; stage.go keeps them in memory that outlives the process; flight.go has them
+// written to the block; sync.go makes them durable, many requests with one fdatasync; open.go finds them again after a crash, in the stage and by
+// walking the records of every block that was not sealed. grow.go makes files and writes them through in the background, ahead of need.
 //
 // What is durable when:
 //

@@ -355,6 +355,15 @@ func (f *osFile) Map(n int) (Mapping, error) {
 	if size, err := f.Size(); err != nil || size < int64(n) {
 		return nil, cmp.Or(err, f.wrap("mmap", unix.EINVAL))
 	}
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(f.fd, &st); err != nil {
+		return nil, f.wrap("statfs", err)
+	}
+	switch st.Type {
+	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.TMPFS_MAGIC:
+	default:
+		return nil, fmt.Errorf("mmap on a file system of type %#x: %w", st.Type, errors.ErrUnsupported)
+	}
 	b, err := unix.Mmap(f.fd, 0, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
 	if err != nil {
 		return nil, f.wrap("mmap", err)

@@ -81,7 +81,8 @@ type File interface {
 	// WriteDescriptor is an open descriptor to which pwrite(2) does what WriteThrough does; below 0 if there is none. It is closed with the file.
 	WriteDescriptor() int
 	Size() (int64, error)
-	// Map maps the first n bytes, as many as the file has at least, into memory.
+	// Map maps the first n bytes, as many as the file has at least, into memory. errors.ErrUnsupported where that cannot be, or where a write to what was written before may find no room
+	// on the disk, as on file systems that copy what is written.
 	Map(n int) (Mapping, error)
 }
 
