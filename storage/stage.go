@@ -39,7 +39,7 @@ const (
 	// stays in the processor's cache (docs/performance.md).
 	stageBulks  = 2
 	stageChunks = 8
-	// stageTime is the longest that a chunk waits for more, or twice that.
+	// stageTime is the longest that a chunk waits for more.
 	stageTime = time.Second
 )
 
@@ -235,7 +235,7 @@ func (d *Disk) room(s uint32, found bool, length uint32, n int) *flight {
 	at := g.chunkPlace(chunk)
 	f, place := d.place(s)
 	c := &flight{d: d, f: f, slot: s, place: place + int64(length), off: length, data: g.mem.Bytes()[at : at : at+g.size], chunk: chunk, filling: true}
-	if g.mem.Prepare(at, g.size) != nil {
+	if g.mem.Prepare(0, torus.PageSize) != nil || g.mem.Prepare(at, g.size) != nil {
 		d.giveUp(c)
 		return nil
 	}

@@ -117,12 +117,7 @@ func TestStageUnreadableOnce(t *testing.T) {
 	must(t, b.Sync(ref, 8192))
 	must(t, b.Append(ref, 8192, storetest.Record(ref, 8192, 2, 0, 1))) // acknowledged
 	mem.Kill()
-	f.hit = func(op vfs.Op) error {
-		if op.Kind == vfs.OpRead && op.Name == stageName {
-			return syscall.EIO
-		}
-		return nil
-	}
+	f.hit = func(op vfs.Op) error { return ifStage(op, vfs.OpRead, syscall.EIO) }
 	b = bench(t, f)
 	for i := range uint64(8) { // the life of others goes on
 		other.Index = torus.IndexID(i + 2)
@@ -196,6 +191,17 @@ func TestStageDeletedAndMadeAgain(t *testing.T) {
 	}
 }
 
+// onEntry fails the writes of entries.
+func onEntry(err error) func(vfs.Op) error {
+	write := on(vfs.OpWrite, err)
+	return func(op vfs.Op) error {
+		if op.Len != 64 {
+			return nil
+		}
+		return write(op)
+	}
+}
+
 // An append that was refused is not put in the place of one that was acknowledged.
 func TestStageRefusedAfterStaging(t *testing.T) {
 	mem := vfs.NewMem(1)
@@ -203,12 +209,7 @@ func TestStageRefusedAfterStaging(t *testing.T) {
 	b := bench(t, f)
 	b.Sim.RunFor(time.Minute)
 	ref := storetest.Ref(1)
-	f.hit = func(op vfs.Op) error {
-		if op.Kind == vfs.OpWrite && strings.HasPrefix(op.Name, "slots-") && op.Len == 64 {
-			return vfs.ErrNoSpace
-		}
-		return nil
-	}
+	f.hit = onEntry(vfs.ErrNoSpace)
 	want(t, b.Append(ref, 0, storetest.Record(ref, 0, 1, 0, 1)), torus.ErrOutOfSpace)
 	f.hit = func(op vfs.Op) error { return ifStage(op, vfs.OpWrite, syscall.EIO) } // so that this one goes through the page cache; a large one would fly
 	truth := storetest.Record(ref, 0, 2, 0, 1)
@@ -387,12 +388,7 @@ func TestStageDeleteFails(t *testing.T) {
 	must(t, b.Append(ref, 0, storetest.Record(ref, 0, 1, 0, 1)))
 	must(t, b.Sync(ref, 8192))
 	must(t, b.Append(ref, 8192, storetest.Record(ref, 8192, 2, 0, 1))) // acknowledged
-	f.hit = func(op vfs.Op) error {
-		if op.Kind == vfs.OpWrite && strings.HasPrefix(op.Name, "slots-") && op.Len == 64 {
-			return syscall.EIO
-		}
-		return nil
-	}
+	f.hit = onEntry(syscall.EIO)
 	want(t, b.Delete(ref), torus.ErrIO)
 	f.hit = func(vfs.Op) error { return nil }
 	mem.Kill()

@@ -146,12 +146,7 @@ func TestStageUnreadable(t *testing.T) {
 	must(t, b.Append(other, 0, storetest.Record(other, 0, 2, 0, 2)))
 	must(t, b.Seal(other, uint32(len(r))))
 	mem.Kill()
-	f.hit = func(op vfs.Op) error {
-		if op.Kind == vfs.OpRead && op.Name == stageName {
-			return syscall.EIO
-		}
-		return nil
-	}
+	f.hit = func(op vfs.Op) error { return ifStage(op, vfs.OpRead, syscall.EIO) }
 	b = bench(t, f)
 	fence := b.Do(&torus.Request{Op: torus.OpFence, Ref: ref, Len: 2})
 	must(t, fence.Err)
