@@ -1,6 +1,10 @@
 package torus
 
-import "fmt"
+import (
+	"fmt"
+
+	"github.com/coreos/torus/buf"
+)
 
 // Op is the kind of a Request. The numbers are part of TDP (docs/format/tdp.md).
 type Op uint8
@@ -80,6 +84,9 @@ type Request struct {
 	Off   uint32 // bytes from the start of the block
 	Len   uint32 // bytes, or a count; see Op
 	Data  []byte // Append, Put: what to store, a multiple of PageSize. Read: where to put it. Scan: set by the store.
+	// Buf, of a Read, is the buffer that Data is the beginning of, with nobody else in it, if the store may keep that and put another one here, with the answer in it:
+	// then Data is the beginning of the other one, whatever Err says. Whoever looks for the bytes in memory of his own need not copy them then.
+	Buf *buf.Buf
 	// Owner, of an Append, keeps Data as it is. Where it is nil, nobody looks at Data after Done; else somebody may who has called Retain, until
 	// Release: a peer on the same machine that was lent Data, and cannot be asked to give it back.
 	Owner Owner

@@ -2,7 +2,11 @@
 // device that takes requests, and a directory of such devices.
 package device
 
-import "errors"
+import (
+	"errors"
+
+	"github.com/coreos/torus/buf"
+)
 
 // Op is what a Request asks for.
 type Op uint8
@@ -61,6 +65,8 @@ type Request struct {
 	// Data is where a Read puts its bytes (the device's until Done), or what a Write
 	// writes (the device has taken a copy when Submit returns).
 	Data []byte
+	// Buf, of a Read, is the buffer that Data is the beginning of, with nobody else in it, if the device may put another one in its place, along with Data: see torus.Request.
+	Buf *buf.Buf
 
 	// Done is called exactly once, on the device's loop, possibly before Submit returns.
 	Done func(*Request)

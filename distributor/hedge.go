@@ -247,7 +247,7 @@ func (r *Read) replaceFirst() bool {
 	w.buf = buf.Get(len(r.Data))
 	done := w.req.Done
 	w.req = r.req
-	w.req.Done, w.req.Data = done, w.buf.Bytes()[:len(r.Data)]
+	w.req.Done, w.req.Data, w.req.Buf = done, w.buf.Bytes()[:len(r.Data)], nil
 	if !conn.Replace(&r.req, &w.req) {
 		w.free()
 		return false

@@ -6,9 +6,11 @@ import (
 	"time"
 
 	"github.com/coreos/torus"
+	"github.com/coreos/torus/buf"
 	"github.com/coreos/torus/distributor"
 	"github.com/coreos/torus/loop"
 	"github.com/coreos/torus/models"
+	"github.com/coreos/torus/storage/storetest"
 )
 
 // slow is peers that answer reads when the test says so; a stopped one does not.
@@ -54,6 +56,7 @@ func (p *slowPeer) answer(at **torus.Request) {
 	}
 	q := *at
 	if p.err == nil {
+		storetest.Exchange(q)
 		for i := range q.Data {
 			q.Data[i] = p.value
 		}
@@ -92,12 +95,22 @@ func newSlow(t *testing.T, n int) *slow {
 func (s *slow) start(done func(took time.Duration, err error)) {
 	s.l.Post(func() {
 		r := s.d.NewRead()
-		data := make([]byte, 16)
+		b := buf.Get(16)
+		data := b.Bytes()[:16]
 		began := s.l.Now()
+		if s.n%2 == 0 {
+			r.Buf = b
+		}
 		r.Ref, r.Data, r.Set = torus.BlockRef{Volume: 1, INode: 1}, data, torus.PeerList{id(1), id(2)}
 		r.Verify = func(r *distributor.Read) bool { return r.Data[0] == 7 }
 		r.Done = func(r *distributor.Read) {
 			s.n++
+			if r.Buf != nil {
+				b, data = r.Buf, r.Data
+			}
+			if &data[0] != &b.Bytes()[0] {
+				s.t.Error("the data is not the beginning of its buffer")
+			}
 			if r.Err == nil && !bytes.Equal(data, bytes.Repeat([]byte{7}, 16)) {
 				s.t.Errorf("read %v", data)
 			}
@@ -108,6 +121,7 @@ func (s *slow) start(done func(took time.Duration, err error)) {
 				if !bytes.Equal(data, bytes.Repeat([]byte{9}, 16)) {
 					s.t.Errorf("memory given back to the caller was written to: %v", data)
 				}
+				b.Release()
 			})
 			err := r.Err
 			r.Release()

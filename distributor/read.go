@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/coreos/torus"
+	"github.com/coreos/torus/buf"
 )
 
 const (
@@ -21,6 +22,8 @@ type Read struct {
 	Ref  torus.BlockRef
 	Off  uint32
 	Data []byte // where to put them
+	// Buf, if set, is what Data is the beginning of, and may be another one afterwards, along with Data: see torus.Request.
+	Buf *buf.Buf
 	// Set is the block's registered set. When nobody in it has the bytes, the other candidates are asked, and in the end everybody.
 	Set torus.PeerList
 	// Verify says whether Data is what it should be; a replica whose answer is not is passed over. While it runs Data may be other
@@ -71,7 +74,7 @@ func (d *Distributor) NewRead() *Read {
 
 // Release gives a finished Read back for reuse.
 func (r *Read) Release() {
-	r.Data, r.Set, r.User, r.Err = nil, nil, nil, nil
+	r.Data, r.Buf, r.Set, r.User, r.Err = nil, nil, nil, nil, nil
 	r.Verify, r.Done, r.Wait, r.Until, r.Epoch = nil, nil, false, nil, 0
 	r.d.reads = append(r.d.reads, r)
 }
@@ -132,7 +135,7 @@ func (r *Read) next() {
 			continue
 		}
 		r.req.Op, r.req.Ref, r.req.Off, r.req.Len = torus.OpRead, r.Ref, r.Off, uint32(len(r.Data))
-		r.req.Data, r.req.Peer, r.req.Epoch = r.Data, p, r.Epoch
+		r.req.Data, r.req.Buf, r.req.Peer, r.req.Epoch = r.Data, r.Buf, p, r.Epoch
 		r.asking = true
 		r.d.await(r)
 		r.d.Submit(p, &r.req)
@@ -188,6 +191,7 @@ func (r *Read) finish(err error) {
 func (r *Read) answer(q *torus.Request) {
 	d := r.d
 	r.asking = false
+	r.Data, r.Buf = q.Data, q.Buf
 	d.unawait(r)
 	if r.owed != nil {
 		r.owed.owes--

@@ -83,7 +83,7 @@ func (f *File) readAhead(s *stream) {
 		}
 	}
 	c := &chunk{f: f, buf: buf.Get(int(n)), used: f.loop.Now()}
-	c.req = device.Request{Op: device.Read, Off: s.end, Len: n, Data: c.buf.Bytes()[:n], Done: c.done}
+	c.req = device.Request{Op: device.Read, Off: s.end, Len: n, Data: c.buf.Bytes()[:n], Buf: c.buf, Done: c.done}
 	s.end += n
 	s.piece = min(2*s.piece, aheadMax)
 	a := &f.ahead
@@ -101,6 +101,7 @@ func (f *File) readAhead(s *stream) {
 func (c *chunk) done(r *device.Request) {
 	a := &c.f.ahead
 	c.loaded = true
+	c.buf = r.Buf
 	switch {
 	case c.dropped:
 		c.buf.Release()

@@ -544,17 +544,18 @@ func (f *File) fetch(t *loop.Task, l []moving) (bufs []*buf.Buf) {
 			}
 			size := int(l[run[len(run)-1]].from.page()-first.page()+1) * pageSize
 			b := buf.Get(size)
+			at := len(bufs)
 			bufs = append(bufs, b)
-			data := b.Bytes()[:size]
 			in := func(data []byte, x int) []byte { return data[(l[x].from.page()-first.page())*pageSize:][:pageSize] }
-			f.readAt(first, data, nil, true, giveUp, func(rd *distributor.Read) bool {
+			f.readAt(first, b.Bytes()[:size], b, nil, true, giveUp, func(rd *distributor.Read) bool {
 				return !slices.ContainsFunc(run, func(x int) bool { return record.Checksum(in(rd.Data, x)) != l[x].crc })
 			}, func(rd *distributor.Read) {
+				bufs[at] = rd.Buf
 				if rd.Err != nil {
 					f.avoid(first.slot(), rd.Err)
 				} else {
 					for _, x := range run {
-						l[x].data = in(data, x)
+						l[x].data = in(rd.Data, x)
 					}
 				}
 				rd.Release()

@@ -223,27 +223,30 @@ func (f *File) newRun(op *readOp, parts []part) *readRun {
 
 func (x *readRun) start() {
 	f, first, last := x.op.f, x.parts[0], x.parts[len(x.parts)-1]
-	dst, ok := x.straight()
-	if !ok {
+	dst, into := x.straight()
+	if dst == nil {
 		n := int(last.e.page()-first.e.page()+1) * pageSize
 		x.bounce = buf.Get(n)
-		dst = x.bounce.Bytes()[:n]
+		dst, into = x.bounce.Bytes()[:n], x.bounce
 	}
-	f.readAt(first.e, dst, x, !x.op.ahead, x.moved, runVerify, runDone)
+	f.readAt(first.e, dst, into, x, !x.op.ahead, x.moved, runVerify, runDone)
 }
 
-// straight is the reader's own memory, if a run is just what it wants there, page for page.
-func (x *readRun) straight() ([]byte, bool) {
+// straight is the reader's own memory, if a run is just what it wants there, page for page; and the buffer that is, if the run is all that it wants.
+func (x *readRun) straight() ([]byte, *buf.Buf) {
 	r, first, n := x.op.r, x.parts[0], uint64(len(x.parts))
 	for i, p := range x.parts[1:] {
 		if p.page != first.page+uint64(i)+1 || p.e.page() != first.e.page()+uint32(i)+1 {
-			return nil, false
+			return nil, nil
 		}
 	}
 	if first.page*pageSize < r.Off || (first.page+n)*pageSize > r.Off+r.Len {
-		return nil, false
+		return nil, nil
 	}
-	return r.Data[first.page*pageSize-r.Off:][:n*pageSize], true
+	if n*pageSize == r.Len {
+		return r.Data, r.Buf
+	}
+	return r.Data[first.page*pageSize-r.Off:][:n*pageSize], nil
 }
 
 // contents returns page p of what has been read to b.
@@ -251,11 +254,11 @@ func (x *readRun) contents(b []byte, p part) []byte {
 	return b[(p.e.page()-x.parts[0].e.page())*pageSize:][:pageSize]
 }
 
-// readAt reads the run of pages that begins at e into dst from whichever replica has it; wait: for one that is away, too.
-func (f *File) readAt(e entry, dst []byte, user any, wait bool, until func() error, verify func(*distributor.Read) bool, done func(*distributor.Read)) {
+// readAt reads the run of pages that begins at e into dst, which into is the buffer of (distributor.Read.Buf) if it is not nil, from whichever replica has it; wait: for one that is away, too.
+func (f *File) readAt(e entry, dst []byte, into *buf.Buf, user any, wait bool, until func() error, verify func(*distributor.Read) bool, done func(*distributor.Read)) {
 	b := &f.table.e[e.slot()]
 	rd := f.dist.NewRead()
-	rd.Ref, rd.Off, rd.Data, rd.Set = b.ref, e.page()*pageSize, dst, b.peers
+	rd.Ref, rd.Off, rd.Data, rd.Buf, rd.Set = b.ref, e.page()*pageSize, dst, into, b.peers
 	rd.User, rd.Verify, rd.Done, rd.Wait, rd.Until = user, verify, done, wait, until
 	rd.Start()
 }
@@ -272,10 +275,14 @@ func runVerify(rd *distributor.Read) bool {
 
 func runDone(rd *distributor.Read) {
 	x := rd.User.(*readRun)
-	err := rd.Err
-	rd.Release()
-	op := x.op
+	op, err := x.op, rd.Err
 	f := op.f
+	if x.bounce != nil {
+		x.bounce = rd.Buf
+	} else if rd.Buf != nil {
+		op.r.Data, op.r.Buf = rd.Data, rd.Buf
+	}
+	rd.Release()
 	if err == nil && x.bounce != nil {
 		for _, p := range x.parts {
 			give(op.r, p.page, x.contents(x.bounce.Bytes(), p))
@@ -316,7 +323,7 @@ func (f *File) readNode(e entry, dst []byte, done func(error)) {
 		done(errLost)
 		return
 	}
-	f.readAt(e, dst, nil, true, f.errFn, func(rd *distributor.Read) bool {
+	f.readAt(e, dst, nil, nil, true, f.errFn, func(rd *distributor.Read) bool {
 		return record.Checksum(rd.Data)&0xffffff == e.crc()
 	}, func(rd *distributor.Read) {
 		err := rd.Err

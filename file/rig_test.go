@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/coreos/torus"
+	"github.com/coreos/torus/buf"
 	"github.com/coreos/torus/device"
 	"github.com/coreos/torus/distributor"
 	"github.com/coreos/torus/file"
@@ -21,6 +22,7 @@ import (
 	"github.com/coreos/torus/models"
 	"github.com/coreos/torus/record"
 	"github.com/coreos/torus/ring"
+	"github.com/coreos/torus/storage/storetest"
 )
 
 // The rig drives a File against peers that are a map each, without network and disk: for what the log itself
@@ -145,6 +147,7 @@ func (p *fakePeer) crash(lose bool) {
 
 func (p *fakePeer) serveLate(q *torus.Request) {
 	x := *q
+	x.Buf = nil // it is still with the one who asks
 	_ = p.serve(&x)
 }
 
@@ -258,6 +261,7 @@ func (p *fakePeer) serve(q *torus.Request) error {
 		if int(q.Off)+len(q.Data) > len(b.data) {
 			return torus.ErrGap
 		}
+		storetest.Exchange(q)
 		copy(q.Data, b.data[q.Off:])
 	case torus.OpScan:
 		if b == nil {
@@ -448,6 +452,19 @@ func (c *client) do(q *device.Request) error {
 	}
 	finished := false
 	q.Done = func(*device.Request) { finished = true }
+	if data := q.Data; q.Op == device.Read && len(data) > 0 { // with memory that may be exchanged, as a server does
+		q.Buf = buf.Get(len(data))
+		q.Data = q.Buf.Bytes()[:len(data)]
+		copy(q.Data, data)
+		defer func() {
+			if &q.Data[0] != &q.Buf.Bytes()[0] || len(q.Data) != len(data) {
+				c.r.t.Errorf("%d bytes read, which are not the first of their buffer", len(q.Data))
+			}
+			copy(data, q.Data)
+			q.Buf.Release()
+			q.Buf, q.Data = nil, data
+		}()
+	}
 	c.l.Post(func() { c.f.Submit(q) })
 	if !c.r.v.Run(func() bool { return finished }, time.Minute) {
 		c.r.t.Fatalf("request %d at %d is still not done", q.Op, q.Off)

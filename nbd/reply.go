@@ -40,8 +40,8 @@ func (s *session) replyRead(c *call) {
 		b := s.chunk(cmd, chunkOffsetData, 8+cmd.len)
 		s.st.Write(binary.BigEndian.AppendUint64(b, cmd.off))
 	}
-	s.st.WriteBuf(c.buf, int(cmd.len))
-	c.buf = nil
+	s.st.WriteBuf(c.req.Buf, int(cmd.len))
+	c.req.Buf = nil
 }
 
 // replyEmpty answers a command of no bytes, which succeeds without doing anything.

@@ -97,7 +97,6 @@ type call struct {
 	s       *session
 	req     device.Request
 	cmd     command
-	buf     *buf.Buf // READ: where the data goes; long WRITE: where it is
 	started time.Duration
 
 	received func() // the payload is there
@@ -241,8 +240,7 @@ func (s *session) command(b []byte) (consumed, need int) {
 			return 0, end
 		}
 		c := s.begin(cmd)
-		c.buf = buf.Get(int(cmd.len))
-		c.req.Data = c.buf.Bytes()[:cmd.len]
+		c.takeBuf()
 		s.incoming = c
 		s.st.ReadInto(c.req.Data, c.received)
 		return requestSize, 0
@@ -251,8 +249,7 @@ func (s *session) command(b []byte) (consumed, need int) {
 			break
 		}
 		c := s.begin(cmd)
-		c.buf = buf.Get(int(cmd.len))
-		c.req.Data = c.buf.Bytes()[:cmd.len]
+		c.takeBuf()
 		s.submit(c)
 		return requestSize, 0
 	case cmdFlush:
@@ -353,6 +350,12 @@ func (s *session) begin(cmd command) *call {
 	return c
 }
 
+// takeBuf gives a call memory of its own: where the data of a READ goes, or that of a long WRITE is.
+func (c *call) takeBuf() {
+	c.req.Buf = buf.Get(int(c.cmd.len))
+	c.req.Data = c.req.Buf.Bytes()[:c.cmd.len]
+}
+
 // weight is how many bytes of memory a call accounts for.
 func (c *call) weight() int {
 	if c.cmd.typ == cmdRead || c.cmd.typ == cmdWrite {
@@ -369,8 +372,8 @@ func (s *session) submit(c *call) {
 
 // submitPayload goes on with a WRITE whose payload was read into a buffer of its own.
 func (c *call) submitPayload() {
-	s, b := c.s, c.buf
-	c.buf, s.incoming = nil, nil
+	s, b := c.s, c.req.Buf
+	c.req.Buf, s.incoming = nil, nil
 	s.submit(c)
 	b.Release() // the device has taken a copy
 	s.settle()
@@ -392,9 +395,9 @@ func (c *call) done(r *device.Request) {
 
 // release ends a call.
 func (s *session) release(c *call) {
-	if c.buf != nil {
-		c.buf.Release()
-		c.buf = nil
+	if c.req.Buf != nil {
+		c.req.Buf.Release()
+		c.req.Buf = nil
 	}
 	s.inflight--
 	s.bytes -= c.weight()

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 
+	"github.com/coreos/torus/buf"
 	"github.com/coreos/torus/device"
 	"github.com/coreos/torus/file"
 	"github.com/coreos/torus/loop"
@@ -255,10 +256,12 @@ func (w *Writer) read(page uint64, n int) {
 	}
 	n = min(n, int(w.Pages-page))
 	floors := make([]uint64, n)
-	q := &device.Request{Op: device.Read, Off: page * w.Stride * PageSize, Len: uint64(n) * PageSize, Data: make([]byte, n*PageSize)}
+	b := buf.Get(n * PageSize)
+	q := &device.Request{Op: device.Read, Off: page * w.Stride * PageSize, Len: uint64(n) * PageSize, Data: b.Bytes()[:n*PageSize], Buf: b}
 	w.Reading++
 	q.Done = func(q *device.Request) {
 		w.Reading--
+		defer q.Buf.Release()
 		if q.Err != nil || w.Over {
 			if q.Err != nil && w.File.Err() == nil && !w.Over {
 				w.fail(violated("C1", "read of %d pages from %d: %w", n, page, q.Err))

@@ -370,6 +370,36 @@ var mutants = []Mutant{
 		Package: "./transport/tdp", Test: "^TestDirect",
 	},
 	{
+		Name: "exchange-to-a-caller-with-its-own", Rule: "a read past the peer gives other memory to who cannot take it", File: "transport/tdp/direct.go",
+		Edits:   []Edit{{"			if r.Buf != nil {", "			if l.n > 0 {"}},
+		Package: "./transport/tdp", Test: "^TestDirect",
+	},
+	{
+		Name: "exchange-and-data-stays", Rule: "a read past the peer exchanges the memory, and the data is said to be in the old", File: "transport/tdp/direct.go",
+		Edits:   []Edit{{"				r.Data = r.Buf.Bytes()[:l.n]\n", ""}},
+		Package: "./transport/tdp", Test: "^TestDirect",
+	},
+	{
+		Name: "exchange-not-told", Rule: "the memory that a replica's answer came in is not the reader's", File: "distributor/read.go",
+		Edits:   []Edit{{"	r.Data, r.Buf = q.Data, q.Buf\n", ""}},
+		Package: "./distributor", Test: "^TestHedge",
+	},
+	{
+		Name: "exchange-for-two", Rule: "memory that is the caller's again is exchanged by who is still asked", File: "distributor/hedge.go",
+		Edits:   []Edit{{"w.req.Done, w.req.Data, w.req.Buf = done, w.buf.Bytes()[:len(r.Data)], nil", "w.req.Done, w.req.Data = done, w.buf.Bytes()[:len(r.Data)]"}},
+		Package: "./distributor", Test: "^TestHedge",
+	},
+	{
+		Name: "exchange-in-part", Rule: "a part of a read is exchanged for all of it", File: "file/read.go",
+		Edits:   []Edit{{"	if n*pageSize == r.Len {", "	if n > 0 {"}},
+		Package: "./file", Test: "^TestSchedules",
+	},
+	{
+		Name: "exchange-not-handed-on", Rule: "the memory that a run came in is not that of the request", File: "file/read.go",
+		Edits:   []Edit{{"		op.r.Data, op.r.Buf = rd.Data, rd.Buf\n", ""}},
+		Package: "./file", Test: "^TestSchedules",
+	},
+	{
 		Name: "place-not-looked-at", Rule: "what was read past the peer counts although the block is not there any more", File: "transport/tdp/direct.go",
 		Edits:   []Edit{{"		if l.err == nil && l.spot.good() {", "		if l.err == nil {"}},
 		Package: "./transport/tdp", Test: "^TestDirect",

@@ -524,13 +524,18 @@ func (k *link) borrow(f *frame, r *torus.Request) {
 		k.refuse(err)
 		return
 	}
-	// In pieces: what is copied at once in pieces of a megabyte goes past the processor's caches, and is about to be verified.
-	for n := 0; n < len(b); {
-		n += copy(r.Data[n:], b[n:min(n+borrowPiece, len(b))])
-	}
+	copyPieces(r.Data, b)
 	k.lender.GiveBack()
 	k.send(&frame{op: opReturn, id: f.id})
 	k.finish(f, r, nil)
+}
+
+// copyPieces is copy, in pieces: what is copied at once in pieces of a megabyte goes past the processor's caches, and is about to be verified.
+func copyPieces(dst, src []byte) {
+	const piece = 64 << 10
+	for n := 0; n < len(src); {
+		n += copy(dst[n:], src[n:min(n+piece, len(src))])
+	}
 }
 
 // fill asks for the next part of a payload.

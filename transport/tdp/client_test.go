@@ -98,6 +98,8 @@ type cluster struct {
 	downs  []error
 	scfg   ServerConfig
 	ccfg   ClientConfig
+
+	checks, exchanged int // reads by check, and those that were given other memory
 }
 
 func newCluster(t testing.TB, seed uint64) *cluster {

@@ -109,7 +109,8 @@ func (c *Client) finishRead() {
 	c.read = c.read[:0]
 }
 
-// lookup is a read that waits for the disk. It has memory of its own: that of the request may be the caller's again before the disk has answered.
+// lookup is a read that waits for the disk. It has memory of its own: that of the request may be the caller's again before the disk has answered. If it is
+// not, and if the request allows it, they exchange their memory in the end.
 type lookup struct {
 	k    *link
 	id   uint32 // of the request's slot
@@ -153,9 +154,11 @@ func (l *lookup) Done() {
 		k.closeFiles()
 	} else if r := c.slots.get(l.id); r != nil && k.why == nil { // else the link is about to be gone
 		if l.err == nil && l.spot.good() {
-			// In pieces, see borrow.
-			for n := 0; n < l.n; {
-				n += copy(r.Data[n:], l.data()[n:min(n+borrowPiece, l.n)])
+			if r.Buf != nil {
+				r.Buf, l.buf = l.buf, r.Buf
+				r.Data = r.Buf.Bytes()[:l.n]
+			} else {
+				copyPieces(r.Data, l.data())
 			}
 			c.slots.drop(l.id)
 			c.hasRead(r)

@@ -11,6 +11,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/coreos/torus"
+	"github.com/coreos/torus/buf"
 	"github.com/coreos/torus/place"
 	"github.com/coreos/torus/storage"
 	"github.com/coreos/torus/storage/storetest"
@@ -126,13 +127,25 @@ func (x *cluster) write(ref torus.BlockRef, off uint32, seq uint64, n int) []byt
 	return b
 }
 
-// check reads a run of bytes and compares it.
+// check reads a run of bytes and compares it: to memory that may be exchanged, and to memory that may not.
 func (x *cluster) check(ref torus.BlockRef, off uint32, want []byte) {
 	x.t.Helper()
-	got := make([]byte, len(want))
-	if err := x.do(&torus.Request{Op: torus.OpRead, Ref: ref, Off: off, Data: got}); err != nil || !bytes.Equal(got, want) {
+	b := buf.Get(len(want))
+	r := &torus.Request{Op: torus.OpRead, Ref: ref, Off: off, Data: b.Bytes()[:len(want)]}
+	if x.checks++; x.checks%2 == 0 {
+		r.Buf = b
+	}
+	if err := x.do(r); err != nil || !bytes.Equal(r.Data, want) {
 		x.t.Fatalf("read of %v at %d: %v, or other bytes", ref, off, err)
 	}
+	if r.Buf != nil && &r.Data[0] != &r.Buf.Bytes()[0] || r.Buf == nil && &r.Data[0] != &b.Bytes()[0] {
+		x.t.Fatalf("the data of a read of %v at %d is not where it belongs", ref, off)
+	}
+	if r.Buf != nil && r.Buf != b {
+		b = r.Buf
+		x.exchanged++
+	}
+	b.Release()
 }
 
 // What is read once goes through the peer, and what is read again past it, if both are on one machine.
@@ -154,6 +167,9 @@ func TestDirect(t *testing.T) {
 		}
 		if n := d.reads - before; n != want || x.c.Near() != (lending == 1) {
 			t.Errorf("lending %v: the peer was asked %d times, near: %v", lending, n, x.c.Near())
+		}
+		if x.exchanged > 0 != (lending == 1) {
+			t.Errorf("lending %v: %d of %d reads were given other memory", lending, x.exchanged, x.checks)
 		}
 		if lending == 0 {
 			if d.wheres > 0 || d.opened > 0 {
@@ -314,7 +330,7 @@ func TestDirectFails(t *testing.T) {
 
 // However a connection ends, and whoever else answers: the memory of a read is the caller's again at once, whatever the disk still does.
 func TestDirectAndGone(t *testing.T) {
-	for _, how := range []string{"close", "reset", "power", "replace"} {
+	for i, how := range []string{"close", "reset", "power", "replace", "close", "reset", "power", "replace"} {
 		x, d := near(t, 1, 1)
 		ref := storetest.Ref(1)
 		b := x.write(ref, 0, 1, 4)
@@ -323,6 +339,12 @@ func TestDirectAndGone(t *testing.T) {
 		d.fs.SetColdReads(1)
 		x.lc.SetOffloadDelay(func(*rand.Rand) time.Duration { return 2 * time.Second })
 		r := &torus.Request{Op: torus.OpRead, Ref: ref, Data: make([]byte, len(b))}
+		if i >= 4 {
+			r.Buf = buf.Get(len(b))
+			r.Data = r.Buf.Bytes()[:len(b)]
+			clear(r.Data)
+		}
+		own := r.Buf
 		done := x.submit(r)
 		x.v.RunFor(10 * time.Millisecond)
 		if *done || d.reads != 1 {
@@ -351,7 +373,7 @@ func TestDirectAndGone(t *testing.T) {
 			t.Errorf("%s: done %v, %v", how, *done, r.Err)
 		}
 		x.v.RunFor(5 * time.Second)
-		if !bytes.Equal(r.Data, make([]byte, len(b))) {
+		if !bytes.Equal(r.Data, make([]byte, len(b))) || r.Buf != own {
 			t.Errorf("%s: memory of the caller's was written to", how)
 		}
 		if how == "replace" {

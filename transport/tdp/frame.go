@@ -63,8 +63,6 @@ const (
 	lendAtLeast = 8 << 10
 	// lendReadsAtLeast is the same of replies to reads, of which each has a buffer of its own, and the smallest that can be lent are of this size.
 	lendReadsAtLeast = 64 << 10
-	// borrowPiece is how much is copied at a time.
-	borrowPiece = 64 << 10
 	// maxLent bounds what a server has lent on one connection at a time. What is more is sent.
 	maxLent = 16 << 20
 )
