@@ -22,7 +22,8 @@
 //	file/read.go            what is not flushed yet is served from memory; else the map says which page of which block
 //	file/map.go             a node of the map that is not loaded is read first, in the same way
 //	distributor/read.go     adjacent pages in one request to one replica; the next one on an error or a bad checksum
-//	storage/read.go         from the page cache at once, from the disk by a helper
+//	transport/tdp/direct.go a peer on this machine is only asked where its bytes lie: they are read from its file
+//	storage/read.go         else the peer reads: from the page cache at once, from the disk by a helper
 //
 // # Opening a volume
 //

@@ -4,6 +4,7 @@ package devicetest
 import (
 	"fmt"
 
+	"github.com/coreos/torus/buf"
 	"github.com/coreos/torus/device"
 )
 
@@ -66,7 +67,7 @@ func (m *Memory) Crash() {
 func (m *Memory) Submit(r *device.Request) {
 	m.Count[r.Op]++
 	m.Last = *r
-	m.Last.Data, m.Last.Done, m.Last.Extents = nil, nil, nil
+	m.Last.Data, m.Last.Buf, m.Last.Done, m.Last.Extents = nil, nil, nil, nil
 	if m.Deliver == nil {
 		r.Finish(m.apply(r, r.Data))
 		return
@@ -76,6 +77,20 @@ func (m *Memory) Submit(r *device.Request) {
 		data = append([]byte(nil), r.Data...) // ours from now on
 	}
 	m.Deliver(r, func() { r.Finish(m.apply(r, data)) })
+}
+
+// exchange gives a Read other memory, as a device may, and overwrites what it had, in case that somebody still looks there.
+func exchange(r *device.Request) {
+	if r.Buf == nil {
+		return
+	}
+	was := r.Buf
+	r.Buf = buf.Get(len(r.Data))
+	r.Data = r.Buf.Bytes()[:len(r.Data)]
+	for i := range was.Bytes() {
+		was.Bytes()[i] = 0xdb
+	}
+	was.Release()
 }
 
 func (m *Memory) apply(r *device.Request, data []byte) error {
@@ -101,7 +116,8 @@ func (m *Memory) apply(r *device.Request, data []byte) error {
 			r.Zero = true
 			return nil
 		}
-		copy(data, here)
+		exchange(r)
+		copy(r.Data, here)
 		return nil
 	case device.Status:
 		m.status(r)
