@@ -25,7 +25,7 @@ type Buf struct {
 	mem   []byte // whole, aligned
 	class int    // of small, or of pool
 	pool  *pool  // nil: of small, or, if too large for any class, of none
-	more  int    // owners beside the first
+	more  int    // owners beside the first; -1: it has none
 	stale bool   // somebody may still read the very pages that are behind it
 }
 
@@ -39,6 +39,7 @@ func Get(n int) *Buf {
 		c = bits.Len(uint(n-1)) - minShift
 	}
 	if b, _ := small[c].Get().(*Buf); b != nil {
+		b.more = 0
 		return b
 	}
 	return &Buf{mem: aligned(1 << (minShift + c)), class: c}
@@ -56,11 +57,13 @@ func (b *Buf) Abandon() {
 	b.Release()
 }
 
-// Release gives the buffer back, unless it has other owners. The caller must not use it afterwards.
+// Release gives the buffer back, unless it has other owners. The caller must not use it afterwards; a second Release panics, unless somebody has it again by then.
 func (b *Buf) Release() {
+	b.more--
 	switch {
-	case b.more > 0:
-		b.more--
+	case b.more >= 0:
+	case b.more < -1:
+		panic("buf: released by nobody who has it")
 	case b.stale:
 		renew(b)
 	case b.pool != nil:

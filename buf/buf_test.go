@@ -141,3 +141,21 @@ func BenchmarkGet(b *testing.B) {
 		})
 	}
 }
+
+// To release what one does not have is found, of every kind.
+func TestReleasedTwice(t *testing.T) {
+	for _, b := range []*Buf{Get(1), Get(1 << 20), Get(65 << 20), GetShared(1 << 20)} {
+		b.Retain()
+		b.Release()
+		b.Release()
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("%d bytes could be released twice", len(b.Bytes()))
+				}
+			}()
+			b.Release()
+		}()
+	}
+	empty() // none of them is of any use now
+}

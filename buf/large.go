@@ -73,6 +73,7 @@ func (p *pool) get(c int) *Buf {
 		if len(l) == 0 {
 			p.has[i/64] &^= 1 << (i % 64)
 		}
+		b.more = 0
 		return b
 	}
 	return nil

@@ -107,6 +107,7 @@ func GetShared(n int) *Buf {
 	if l := a.vacant[c]; len(l) > 0 {
 		b := l[len(l)-1]
 		a.vacant[c] = l[:len(l)-1]
+		b.more = 0
 		return b
 	}
 	if areaSize-a.used < size {

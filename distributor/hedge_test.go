@@ -21,6 +21,8 @@ type slow struct {
 	d     *distributor.Distributor
 	peers map[torus.PeerID]*slowPeer
 	n     int // reads done
+
+	exchanged int // of these, how many came in other memory
 }
 
 type slowPeer struct {
@@ -105,8 +107,9 @@ func (s *slow) start(done func(took time.Duration, err error)) {
 		r.Verify = func(r *distributor.Read) bool { return r.Data[0] == 7 }
 		r.Done = func(r *distributor.Read) {
 			s.n++
-			if r.Buf != nil {
+			if r.Buf != nil && r.Buf != b {
 				b, data = r.Buf, r.Data
+				s.exchanged++
 			}
 			if &data[0] != &b.Bytes()[0] {
 				s.t.Error("the data is not the beginning of its buffer")
@@ -160,6 +163,9 @@ func TestHedgeStopped(t *testing.T) {
 	s.read(10000)
 	if s.asked(2) != 0 {
 		t.Errorf("%d hedges while all was well", s.asked(2))
+	}
+	if s.exchanged != 5000 {
+		t.Errorf("%d of 5000 reads came in other memory", s.exchanged)
 	}
 	s.peers[id(1)].stopped = true
 	took, err := s.read(1)

@@ -244,7 +244,7 @@ func (x *readRun) straight() ([]byte, *buf.Buf) {
 		return nil, nil
 	}
 	if n*pageSize == r.Len {
-		return r.Data, r.Buf
+		return r.Data[:r.Len], r.Buf
 	}
 	return r.Data[first.page*pageSize-r.Off:][:n*pageSize], nil
 }

@@ -180,6 +180,10 @@ const rigKept = 2
 func (p *fakePeer) noRoom() bool { return p.full || p.slots > 0 && len(p.blocks) >= p.slots-rigKept }
 
 func (p *fakePeer) serve(q *torus.Request) error {
+	if q.Buf != nil {
+		storetest.Exchange(q) // whatever the answer is
+		p.r.exchanged++
+	}
 	if p.drop != nil {
 		if err := p.drop(q); err != nil {
 			return err
@@ -261,7 +265,6 @@ func (p *fakePeer) serve(q *torus.Request) error {
 		if int(q.Off)+len(q.Data) > len(b.data) {
 			return torus.ErrGap
 		}
-		storetest.Exchange(q)
 		copy(q.Data, b.data[q.Off:])
 	case torus.OpScan:
 		if b == nil {
@@ -298,6 +301,8 @@ type rig struct {
 	log   *slog.Logger
 	n     int
 	now   bool
+	// exchanged counts the reads that were given other memory
+	exchanged int
 	// faulty: transactions fail now and then, before or after they were made, or arrive late
 	faulty bool
 }

@@ -375,6 +375,21 @@ var mutants = []Mutant{
 		Package: "./transport/tdp", Test: "^TestDirect",
 	},
 	{
+		Name: "exchange-one-way", Rule: "the memory that a read past the peer is given is given back as well", File: "transport/tdp/direct.go",
+		Edits:   []Edit{{"				r.Buf, l.buf = l.buf, r.Buf\n", "				r.Buf = l.buf\n"}},
+		Package: "./transport/tdp", Test: "^TestDirect",
+	},
+	{
+		Name: "unasked-answer", Rule: "a peer answers a request that the client looks after by itself", File: "transport/tdp/direct.go",
+		Edits:   []Edit{{"	k.c.slots.setOwn(id, true)\n", ""}},
+		Package: "./transport/tdp", Test: "^TestDirect",
+	},
+	{
+		Name: "exchange-never", Rule: "a run that is all of a read is copied", File: "file/read.go",
+		Edits:   []Edit{{"		return r.Data[:r.Len], r.Buf\n", "		return r.Data[:r.Len], nil\n"}},
+		Package: "./file", Test: "^TestExchange",
+	},
+	{
 		Name: "exchange-and-data-stays", Rule: "a read past the peer exchanges the memory, and the data is said to be in the old", File: "transport/tdp/direct.go",
 		Edits:   []Edit{{"				r.Data = r.Buf.Bytes()[:l.n]\n", ""}},
 		Package: "./transport/tdp", Test: "^TestDirect",

@@ -469,7 +469,7 @@ func (k *link) Data(_ transport.Stream, b []byte) (consumed, need int) {
 			consumed += HeaderSize // a sign of life, no more
 			continue
 		}
-		r := k.c.slots.get(f.id)
+		r := k.c.slots.asked(f.id)
 		if err := expected(&f, r); err != nil {
 			k.refuse(err)
 			break

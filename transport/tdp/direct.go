@@ -82,6 +82,7 @@ func (k *link) look(r *torus.Request) bool {
 		r.Finish(errTooMany)
 		return true
 	}
+	k.c.slots.setOwn(id, true)
 	l := k.c.newLookup()
 	l.k, l.id, l.spot, l.off, l.buf, l.n = k, id, *s, off, buf.Get(len(r.Data)), len(r.Data)
 	k.places.reading++
@@ -166,6 +167,7 @@ func (l *lookup) Done() {
 			if s := k.places.of[r.Ref]; s != nil && s.stamp == l.spot.stamp {
 				s.file = nil
 			}
+			c.slots.setOwn(l.id, false)
 			c.send(l.id, r)
 		}
 	}

@@ -424,3 +424,77 @@ func TestPlacesBounded(t *testing.T) {
 		t.Errorf("%d blocks known", len(p.of))
 	}
 }
+
+// Who asked and who read exchange their memory: either has one buffer afterwards, and nobody two or none.
+func TestDirectExchanges(t *testing.T) {
+	x, d := near(t, 1, 1)
+	ref := storetest.Ref(1)
+	b := x.write(ref, 0, 1, 20) // more than 64 KiB: of those buffers the last that was given back is the next
+	x.check(ref, 0, b)
+	x.v.RunFor(time.Second)
+	d.fs.SetColdReads(1)
+	buf.Trim()
+	buf.Trim()
+	own := buf.Get(len(b))
+	r := &torus.Request{Op: torus.OpRead, Ref: ref, Data: own.Bytes()[:len(b)], Buf: own}
+	if err := x.do(r); err != nil || !bytes.Equal(r.Data, b) {
+		t.Fatalf("%v, or other bytes", err)
+	}
+	if r.Buf == own {
+		t.Fatal("not exchanged")
+	}
+	back := false
+	for range 4 {
+		switch buf.Get(len(b)) {
+		case r.Buf:
+			t.Error("what the read was given is somebody else's, too")
+		case own:
+			back = true
+		}
+	}
+	if !back {
+		t.Error("what the read had has not been given back")
+	}
+}
+
+// A peer that answers what it has not been asked, while the client reads it for itself, is given up before a byte of that is taken.
+func TestDirectAnsweredUnasked(t *testing.T) {
+	for _, exchange := range []bool{false, true} {
+		x, d := near(t, 1, 1)
+		ref := storetest.Ref(1)
+		b := x.write(ref, 0, 1, 4)
+		x.check(ref, 0, b)
+		x.v.RunFor(time.Second)
+		d.fs.SetColdReads(1)
+		x.lc.SetOffloadDelay(func(*rand.Rand) time.Duration { return 100 * time.Millisecond })
+		own := buf.Get(len(b))
+		r := &torus.Request{Op: torus.OpRead, Ref: ref, Data: own.Bytes()[:len(b)]}
+		if exchange {
+			r.Buf = own
+		}
+		done := x.submit(r)
+		x.v.RunFor(10 * time.Millisecond)
+		if *done || d.reads != 1 {
+			t.Fatalf("done %v, %d reads", *done, d.reads)
+		}
+		_, id, _ := x.c.slots.oldest()
+		conn := x.srv.conns[0]
+		f := frame{op: uint8(torus.OpRead) | opReply, id: id, payload: uint32(len(b))}
+		other := bytes.Repeat([]byte{0xee}, len(b))
+		x.ls.Post(func() { conn.s.Write(append(encodeFrame(f), other[:4096]...)) })
+		x.v.RunFor(200 * time.Millisecond) // the disk has answered meanwhile
+		if !*done || !errors.Is(r.Err, torus.ErrBlockUnavailable) {
+			t.Errorf("exchange %v: done %v, %v", exchange, *done, r.Err)
+		}
+		mine := bytes.Repeat([]byte{0x55}, len(b))
+		copy(r.Data, mine)
+		x.ls.Post(func() { conn.s.Write(other[4096:]) })
+		x.v.RunFor(200 * time.Millisecond)
+		if !bytes.Equal(r.Data, mine) {
+			t.Errorf("exchange %v: memory that is the caller's again was written to", exchange)
+		}
+		if n := x.c.Outstanding(); n != 0 {
+			t.Errorf("%d requests under way", n)
+		}
+	}
+}

@@ -18,6 +18,7 @@ type slot struct {
 	gen        uint32
 	prev, next int32
 	sent       uint64 // the client's tick at submission
+	own        bool   // the client looks for the answer itself: the peer has not been asked
 }
 
 const (
@@ -44,7 +45,7 @@ func (s *slots) take(r *torus.Request, now uint64) (uint32, bool) {
 	if t.gen == 0 {
 		t.gen = 1 // so that no id is 0
 	}
-	t.req, t.sent, t.prev, t.next = r, now, s.last, -1
+	t.req, t.sent, t.own, t.prev, t.next = r, now, false, s.last, -1
 	if s.last >= 0 {
 		s.tab[s.last].next = i
 	} else {
@@ -63,6 +64,18 @@ func (s *slots) get(id uint32) *torus.Request {
 	}
 	return s.tab[i].req
 }
+
+// asked is get for what a peer says: nil if it has not been asked.
+func (s *slots) asked(id uint32) *torus.Request {
+	r := s.get(id)
+	if r != nil && s.tab[id&(maxSlots-1)].own {
+		return nil
+	}
+	return r
+}
+
+// setOwn says whether the client looks for the answer to a request, which get has found, itself.
+func (s *slots) setOwn(id uint32, own bool) { s.tab[id&(maxSlots-1)].own = own }
 
 // replace puts with in the slot of old; false if there is none.
 func (s *slots) replace(old, with *torus.Request) bool {
