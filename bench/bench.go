@@ -66,18 +66,42 @@ func (b *bench) measure(ctx context.Context) error {
 			}
 		}
 	}
-	for _, c := range b.contestants {
-		b.memory[c.name] = map[string]memory{}
-		for _, p := range c.servers {
-			m, err := readMemory(p.cmd.Process.Pid)
-			if err != nil {
-				return errors.Join(err, p.check())
-			}
-			b.memory[c.name][p.name] = m
-		}
+	if err := b.remember(func(m *memory, now memory) { *m = now }); err != nil {
+		return err
+	}
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(restFor):
+	}
+	if err := b.remember(func(m *memory, now memory) { m.Rest = now.RSS }); err != nil {
+		return err
 	}
 	if b.profile != nil {
 		return b.profiles(ctx)
+	}
+	return nil
+}
+
+// restFor is how long the servers have nothing to do before it is measured what memory they have at rest: Torus gives back every five seconds what was not used in
+// the five seconds before.
+var restFor = 11 * time.Second
+
+// remember reads the memory of all servers.
+func (b *bench) remember(set func(m *memory, now memory)) error {
+	for _, c := range b.contestants {
+		if b.memory[c.name] == nil {
+			b.memory[c.name] = map[string]memory{}
+		}
+		for _, p := range c.servers {
+			now, err := readMemory(p.cmd.Process.Pid)
+			if err != nil {
+				return errors.Join(err, p.check())
+			}
+			m := b.memory[c.name][p.name]
+			set(&m, now)
+			b.memory[c.name][p.name] = m
+		}
 	}
 	return nil
 }

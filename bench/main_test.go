@@ -159,6 +159,8 @@ func TestEscape(t *testing.T) {
 
 // All of it once, with the programs as they are now: every contestant, the tables and the file come out, and nothing stays.
 func TestRun(t *testing.T) {
+	defer func(d time.Duration) { restFor = d }(restFor)
+	restFor = 0
 	bin, dir := t.TempDir(), t.TempDir()
 	build := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "../cmd/torusd", "../cmd/torusctl", "../cmd/torusblk")
 	if out, err := build.CombinedOutput(); err != nil {
@@ -215,7 +217,7 @@ func TestRun(t *testing.T) {
 			}
 		}
 	}
-	if len(r.Cells) != 2 || len(r.Memory["torus"]) != 4 || r.Memory["qemu"]["qemu-storage-daemon"].RSS == 0 {
+	if len(r.Cells) != 2 || len(r.Memory["torus"]) != 4 || r.Memory["qemu"]["qemu-storage-daemon"].RSS == 0 || r.Memory["torus"]["torusblk"].Rest == 0 {
 		t.Errorf("%d cells, memory %v", len(r.Cells), r.Memory)
 	}
 	profiles, err := filepath.Glob(filepath.Join(dir, "out", "bench-write-1m-8-*.pprof"))

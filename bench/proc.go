@@ -64,11 +64,12 @@ func readUsage(pid int) (u processUsage, err error) {
 }
 
 // memory of a process in bytes: resident; the same with pages that several processes have counted in parts; and of that what is not backed by files of a disk, but
-// anonymous or shared memory (proc_pid_smaps(5)).
+// anonymous or shared memory (proc_pid_smaps(5)). Rest is RSS when it has had nothing to do for a while.
 type memory struct {
-	RSS uint64 `json:"rss_bytes"`
-	PSS uint64 `json:"pss_bytes"`
-	Own uint64 `json:"own_bytes"`
+	RSS  uint64 `json:"rss_bytes"`
+	PSS  uint64 `json:"pss_bytes"`
+	Own  uint64 `json:"own_bytes"`
+	Rest uint64 `json:"rest_bytes"`
 }
 
 func readMemory(pid int) (memory, error) {
@@ -81,7 +82,7 @@ func readMemory(pid int) (memory, error) {
 	if err != nil {
 		return memory{}, fmt.Errorf("%s: %w", path, err)
 	}
-	return memory{f[0] << 10, f[1] << 10, (f[2] + f[3]) << 10}, nil
+	return memory{RSS: f[0] << 10, PSS: f[1] << 10, Own: (f[2] + f[3]) << 10}, nil
 }
 
 // parseStat returns utime + stime of /proc/PID/stat, in ticks. The name of the program, in parentheses, may contain anything.

@@ -239,8 +239,8 @@ func (r *report) memories(b *strings.Builder) {
 	if len(r.Memory) == 0 || len(r.servers()) == 0 {
 		return
 	}
-	fmt.Fprint(b, "\n### Memory\n\nMiB at the end: resident; the same with what several processes have counted in parts; and of that what is no file of a disk.\n\n")
-	row(b, true, "process", "resident", "in parts", "own")
+	fmt.Fprint(b, "\n### Memory\n\nMiB at the end: resident; the same with what several processes have counted in parts; and of that what is no file of a disk. At rest: resident, some seconds later.\n\n")
+	row(b, true, "process", "resident", "in parts", "own", "at rest")
 	for _, s := range r.servers() {
 		var all memory
 		for _, p := range s.processes {
@@ -248,10 +248,11 @@ func (r *report) memories(b *strings.Builder) {
 			all.RSS += m.RSS
 			all.PSS += m.PSS
 			all.Own += m.Own
-			row(b, false, s.contestant+": "+p, mib(m.RSS), mib(m.PSS), mib(m.Own))
+			all.Rest += m.Rest
+			row(b, false, s.contestant+": "+p, mib(m.RSS), mib(m.PSS), mib(m.Own), mib(m.Rest))
 		}
 		if len(s.processes) > 1 {
-			row(b, false, s.contestant+": all", mib(all.RSS), mib(all.PSS), mib(all.Own))
+			row(b, false, s.contestant+": all", mib(all.RSS), mib(all.PSS), mib(all.Own), mib(all.Rest))
 		}
 	}
 }

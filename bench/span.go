@@ -142,7 +142,7 @@ func (c *cluster) memory(k kind) (mean memory, err error) {
 	if n == 0 {
 		return mean, fmt.Errorf("no process of kind %d", k)
 	}
-	return memory{mean.RSS / n, mean.PSS / n, mean.Own / n}, nil
+	return memory{RSS: mean.RSS / n, PSS: mean.PSS / n, Own: mean.Own / n}, nil
 }
 
 // rest waits until what is dirty is written and the servers do nothing much.

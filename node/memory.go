@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/coreos/torus/buf"
+	"github.com/coreos/torus/transport/sock"
 )
 
 const (
@@ -37,6 +38,7 @@ func keepMemory() (stop func() error) {
 				return
 			case <-ticker.C:
 			}
+			sock.LetGo()
 			if dropped += buf.Trim(); dropped >= trimAtLeast {
 				dropped = 0
 				debug.FreeOSMemory()

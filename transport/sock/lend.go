@@ -234,10 +234,43 @@ func (p *parting) Ready(uint32) {
 	}
 }
 
+// mapped is what there is of other processes' memory in this one.
+var mapped struct {
+	sync.Mutex
+	all map[*byte][]byte
+}
+
+// take makes mem, unless it is nil, the memory of the other side.
+func (m *memory) take(mem []byte) {
+	if mem == nil {
+		return
+	}
+	mapped.Lock()
+	defer mapped.Unlock()
+	if mapped.all == nil {
+		mapped.all = map[*byte][]byte{}
+	}
+	mapped.all[&mem[0]] = mem
+	m.theirs = mem
+}
+
 func (m *memory) unmap() {
 	if m.theirs != nil {
+		mapped.Lock()
+		defer mapped.Unlock()
+		delete(mapped.all, &m.theirs[0])
 		_ = unix.Munmap(m.theirs)
 		m.theirs = nil
+	}
+}
+
+// LetGo takes what was borrowed out of this process's page tables, where it would stay, and be counted as memory of this process, too, for as long as the connection
+// lives. It comes back as it is looked at.
+func LetGo() {
+	mapped.Lock()
+	defer mapped.Unlock()
+	for _, mem := range mapped.all {
+		_ = unix.Madvise(mem, unix.MADV_DONTNEED)
 	}
 }
 
@@ -305,7 +338,7 @@ func (s *stream) receiveDescriptor(fd int, greets bool) {
 	switch {
 	case !s.greeting.trust:
 	case greets && s.memory.theirs == nil:
-		s.memory.theirs = mapTheirs(fd)
+		s.memory.take(mapTheirs(fd))
 	case !greets && p.expect && p.in == nil:
 		if f, err := vfs.FromDescriptor(fd); err == nil {
 			p.in = f

@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/buf"
@@ -456,4 +457,45 @@ func must[T any](v T, err error) T {
 		panic(err)
 	}
 	return v
+}
+
+// What was borrowed is not in the borrower's page tables for ever, and the same when it is looked at again.
+func TestLetGo(t *testing.T) {
+	if err := buf.Share(); err != nil {
+		t.Fatal(err)
+	}
+	b := buf.GetShared(1 << 20)
+	defer b.Release()
+	n := copy(b.Bytes(), lentBytes)
+	at, ok := buf.SharedAt(b.Bytes())
+	if !ok {
+		t.Fatal("not shared")
+	}
+	var m memory
+	m.take(mapTheirs(buf.SharedFD()))
+	if m.theirs == nil {
+		t.Fatal("not mapped")
+	}
+	pages, err := os.Open("/proc/self/pagemap")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pages.Close()
+	present := func() bool { // bit 63 of the page's entry (Documentation/admin-guide/mm/pagemap.rst)
+		var e [8]byte
+		if _, err := pages.ReadAt(e[:], int64(uintptr(unsafe.Pointer(&m.theirs[at]))/4096*8)); err != nil {
+			t.Fatal(err)
+		}
+		return e[7]&0x80 != 0
+	}
+	for range 3 {
+		if got := m.theirs[at:][:n]; !bytes.Equal(got, lentBytes[:n]) || !present() {
+			t.Fatal("not what was lent, or not here")
+		}
+		if LetGo(); present() {
+			t.Error("still here")
+		}
+	}
+	m.unmap()
+	LetGo() // of nothing
 }
