@@ -10,10 +10,10 @@ import (
 	"github.com/coreos/torus/e2e/nbdclient"
 )
 
-// `torusd dev` on an empty directory serves the volume demo of 1 GiB within 5 s, and what is in it is there again after Ctrl-C
+// `torusd dev` on an empty directory serves the volume demo of 1 GiB within 3 s, and what is in it is there again after Ctrl-C
 // (everything) and after a SIGKILL of the whole cluster (D1, W1: no power was lost).
 func TestDev(t *testing.T) {
-	const serving = 5 * time.Second
+	const serving = 3 * time.Second
 	dir := tempDir(t)
 	a := nbdclient.TCP(freePort(t), "demo")
 	p := newProcess(dir, "torusd-dev", program(t, "torusd"), "dev", "--data-dir", filepath.Join(dir, "data"), "--nbd", a.Addr)
