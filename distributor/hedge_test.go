@@ -7,10 +7,10 @@ import (
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/buf"
+	"github.com/coreos/torus/buf/buftest"
 	"github.com/coreos/torus/distributor"
 	"github.com/coreos/torus/loop"
 	"github.com/coreos/torus/models"
-	"github.com/coreos/torus/storage/storetest"
 )
 
 // slow is peers that answer reads when the test says so; a stopped one does not.
@@ -58,7 +58,7 @@ func (p *slowPeer) answer(at **torus.Request) {
 	}
 	q := *at
 	if p.err == nil {
-		storetest.Exchange(q)
+		buftest.Exchange(&q.Buf, &q.Data)
 		for i := range q.Data {
 			q.Data[i] = p.value
 		}

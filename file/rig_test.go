@@ -14,6 +14,7 @@ import (
 
 	"github.com/coreos/torus"
 	"github.com/coreos/torus/buf"
+	"github.com/coreos/torus/buf/buftest"
 	"github.com/coreos/torus/device"
 	"github.com/coreos/torus/distributor"
 	"github.com/coreos/torus/file"
@@ -22,7 +23,6 @@ import (
 	"github.com/coreos/torus/models"
 	"github.com/coreos/torus/record"
 	"github.com/coreos/torus/ring"
-	"github.com/coreos/torus/storage/storetest"
 )
 
 // The rig drives a File against peers that are a map each, without network and disk: for what the log itself
@@ -181,7 +181,7 @@ func (p *fakePeer) noRoom() bool { return p.full || p.slots > 0 && len(p.blocks)
 
 func (p *fakePeer) serve(q *torus.Request) error {
 	if q.Buf != nil {
-		storetest.Exchange(q) // whatever the answer is
+		buftest.Exchange(&q.Buf, &q.Data) // whatever the answer is
 		p.r.exchanged++
 	}
 	if p.drop != nil {

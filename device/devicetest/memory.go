@@ -4,7 +4,7 @@ package devicetest
 import (
 	"fmt"
 
-	"github.com/coreos/torus/buf"
+	"github.com/coreos/torus/buf/buftest"
 	"github.com/coreos/torus/device"
 )
 
@@ -79,20 +79,6 @@ func (m *Memory) Submit(r *device.Request) {
 	m.Deliver(r, func() { r.Finish(m.apply(r, data)) })
 }
 
-// exchange gives a Read other memory, as a device may, and overwrites what it had, in case that somebody still looks there.
-func exchange(r *device.Request) {
-	if r.Buf == nil {
-		return
-	}
-	was := r.Buf
-	r.Buf = buf.Get(len(r.Data))
-	r.Data = r.Buf.Bytes()[:len(r.Data)]
-	for i := range was.Bytes() {
-		was.Bytes()[i] = 0xdb
-	}
-	was.Release()
-}
-
 func (m *Memory) apply(r *device.Request, data []byte) error {
 	if m.Fail != nil {
 		if err := m.Fail(r); err != nil {
@@ -116,7 +102,7 @@ func (m *Memory) apply(r *device.Request, data []byte) error {
 			r.Zero = true
 			return nil
 		}
-		exchange(r)
+		buftest.Exchange(&r.Buf, &r.Data)
 		copy(r.Data, here)
 		return nil
 	case device.Status:

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/coreos/torus"
-	"github.com/coreos/torus/buf"
 	"github.com/coreos/torus/loop"
 	"github.com/coreos/torus/record"
 )
@@ -36,20 +35,6 @@ type Bench struct {
 func NewBench(tb testing.TB, seed uint64) *Bench {
 	v := loop.NewVirtual(seed)
 	return &Bench{TB: tb, Sim: v, Loop: v.NewLoop("store")}
-}
-
-// Exchange gives a Read other memory, as a store may where there is a Buf. What it had is overwritten, in case that somebody still looks there.
-func Exchange(r *torus.Request) {
-	if r.Buf == nil {
-		return
-	}
-	was := r.Buf
-	r.Buf = buf.Get(len(r.Data))
-	r.Data = r.Buf.Bytes()[:len(r.Data)]
-	for i := range was.Bytes() {
-		was.Bytes()[i] = 0xdb
-	}
-	was.Release()
 }
 
 // Do submits r on the loop and waits for it. It returns r.
