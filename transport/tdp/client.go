@@ -80,7 +80,8 @@ func (cfg *ClientConfig) setDefaults() {
 // effect at the peer is unknown. Errors of the peer's own wrap their sentinel, see torus.ErrorCode.
 //
 // The Data of an Append must stay as it is until Done, as everywhere; that of a Read is written to
-// directly from the socket, or read from the peer's own file if that is on this machine (direct.go).
+// directly from the socket, or read from the peer's own file if that is on this machine (direct.go), in memory that
+// may be exchanged for the request's Buf.
 type Client struct {
 	l    loop.Loop
 	n    transport.Network

@@ -328,16 +328,22 @@ func TestDirectFails(t *testing.T) {
 	}
 }
 
+// slowDisk is near with a block of which the client knows where it lies, on a disk that takes its time.
+func slowDisk(t *testing.T, takes time.Duration) (x *cluster, d *disk, ref torus.BlockRef, b []byte) {
+	x, d = near(t, 1, 1)
+	ref = storetest.Ref(1)
+	b = x.write(ref, 0, 1, 4)
+	x.check(ref, 0, b)
+	x.v.RunFor(time.Second)
+	d.fs.SetColdReads(1)
+	x.lc.SetOffloadDelay(func(*rand.Rand) time.Duration { return takes })
+	return x, d, ref, b
+}
+
 // However a connection ends, and whoever else answers: the memory of a read is the caller's again at once, whatever the disk still does.
 func TestDirectAndGone(t *testing.T) {
 	for i, how := range []string{"close", "reset", "power", "replace", "close", "reset", "power", "replace"} {
-		x, d := near(t, 1, 1)
-		ref := storetest.Ref(1)
-		b := x.write(ref, 0, 1, 4)
-		x.check(ref, 0, b)
-		x.v.RunFor(time.Second)
-		d.fs.SetColdReads(1)
-		x.lc.SetOffloadDelay(func(*rand.Rand) time.Duration { return 2 * time.Second })
+		x, d, ref, b := slowDisk(t, 2*time.Second)
 		r := &torus.Request{Op: torus.OpRead, Ref: ref, Data: make([]byte, len(b))}
 		if i >= 4 {
 			r.Buf = buf.Get(len(b))
@@ -460,13 +466,7 @@ func TestDirectExchanges(t *testing.T) {
 // A peer that answers what it has not been asked, while the client reads it for itself, is given up before a byte of that is taken.
 func TestDirectAnsweredUnasked(t *testing.T) {
 	for _, exchange := range []bool{false, true} {
-		x, d := near(t, 1, 1)
-		ref := storetest.Ref(1)
-		b := x.write(ref, 0, 1, 4)
-		x.check(ref, 0, b)
-		x.v.RunFor(time.Second)
-		d.fs.SetColdReads(1)
-		x.lc.SetOffloadDelay(func(*rand.Rand) time.Duration { return 100 * time.Millisecond })
+		x, d, ref, b := slowDisk(t, 100*time.Millisecond)
 		own := buf.Get(len(b))
 		r := &torus.Request{Op: torus.OpRead, Ref: ref, Data: own.Bytes()[:len(b)]}
 		if exchange {
